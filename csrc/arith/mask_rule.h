@@ -1,0 +1,41 @@
+// The one statement of which key a query row may attend to.
+#pragma once
+
+#include "arith/integer.h"
+
+namespace flash {
+
+/// Window around the diagonal, aligned to the bottom-right corner of the (seqlen_q, seqlen_k) score
+/// matrix. A negative bound is unbounded; causal is window_right == 0.
+struct Mask {
+  int window_left = -1;
+  int window_right = -1;
+
+  FLASH_HD constexpr bool is_bounded() const { return window_left >= 0 || window_right >= 0; }
+};
+
+/// Half-open range of keys.
+struct KeyRange {
+  int begin;
+  int end;
+};
+
+/// Keys that query row i attends to: [i + seqlen_k - seqlen_q - left, i + seqlen_k - seqlen_q + right],
+/// cut to [0, seqlen_k). May be empty (end <= begin). int64 inside: a bound near INT_MAX is a legal
+/// way to say "unbounded".
+FLASH_HD constexpr KeyRange visible_keys(Mask mask, int i, int seqlen_q, int seqlen_k) {
+  int64_t const diagonal = int64_t(i) + seqlen_k - seqlen_q;
+  int64_t begin = mask.window_left < 0 ? 0 : diagonal - mask.window_left;
+  int64_t end = mask.window_right < 0 ? seqlen_k : diagonal + mask.window_right + 1;
+  begin = begin < 0 ? 0 : begin > seqlen_k ? seqlen_k : begin;
+  end = end < 0 ? 0 : end > seqlen_k ? seqlen_k : end;
+  return {int(begin), int(end)};
+}
+
+/// True if query row i attends to key j.
+FLASH_HD constexpr bool attends(Mask mask, int i, int j, int seqlen_q, int seqlen_k) {
+  KeyRange const keys = visible_keys(mask, i, seqlen_q, seqlen_k);
+  return keys.begin <= j && j < keys.end;
+}
+
+}  // namespace flash

@@ -1,0 +1,27 @@
+// Philox4x32-10: a counter-based random generator (Salmon et al., "Parallel random numbers: as easy
+// as 1, 2, 3", SC 2011). A pure function of (counter, key): the same bits on every backend.
+#pragma once
+
+#include "arith/integer.h"
+
+namespace flash {
+
+struct Philox4 {
+  uint32_t x, y, z, w;
+};
+
+FLASH_HD constexpr Philox4 philox4x32_10(Philox4 counter, uint32_t key_x, uint32_t key_y) {
+  constexpr uint32_t kMultiplierX = 0xD2511F53u, kMultiplierZ = 0xCD9E8D57u;
+  constexpr uint32_t kWeylX = 0x9E3779B9u, kWeylY = 0xBB67AE85u;
+  for (int round = 0; round < 10; ++round) {
+    uint64_t const product_x = uint64_t(kMultiplierX) * counter.x;
+    uint64_t const product_z = uint64_t(kMultiplierZ) * counter.z;
+    counter = {uint32_t(product_z >> 32) ^ counter.y ^ key_x, uint32_t(product_z),
+               uint32_t(product_x >> 32) ^ counter.w ^ key_y, uint32_t(product_x)};
+    key_x += kWeylX;
+    key_y += kWeylY;
+  }
+  return counter;
+}
+
+}  // namespace flash

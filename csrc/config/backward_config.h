@@ -1,0 +1,48 @@
+// THE table of compiled backward kernels.
+#pragma once
+
+#include "config/kernel_filter.h"
+#include "params.h"
+
+namespace flash {
+
+/// One compiled backward kernel. The first three fields are the key, the rest is tuning.
+struct BackwardConfig {
+  int arch;
+  DType dtype;
+  int head_dim;
+  int tile_m, tile_n;  // a thread block owns tile_n keys and walks query tiles of tile_m rows
+  int num_warps;
+  int warps_m_s;    // warps along the query rows of S and dP; the rest lie along the keys
+  int warps_n_dkv;  // warps along the keys of dK and dV; the rest lie along head_dim
+  int warps_m_dq;   // warps along the query rows of dQ; the rest lie along head_dim
+  int num_stages;   // buffers of Q and dO
+  int blocks_per_sm;
+
+  constexpr int num_threads() const { return 32 * num_warps; }
+  constexpr int smem_bytes() const {
+    int const operands = (2 * tile_n + 2 * num_stages * tile_m) * head_dim;
+    int const probabilities = 2 * tile_m * tile_n;  // P and dS
+    return (operands + probabilities) * element_size(dtype);
+  }
+  constexpr RowName name() const {
+    return row_name("bwd", arch, head_dim, dtype == DType::kBf16 ? "bf16" : "fp16");
+  }
+  friend constexpr bool operator==(BackwardConfig const&, BackwardConfig const&) = default;
+};
+
+/// Order of preference as in kForwardRows.
+template <DType kDType>
+inline constexpr BackwardConfig kBackwardRows[] = {
+    // clang-format off
+    // arch dtype head_dim  m    n  warps  m_s n_dkv m_dq stages blocks
+    {80, kDType,  64,      64, 128,  8,     2,   4,   4,    2,    1},
+    {80, kDType,  96,      64, 128,  8,     2,   4,   4,    2,    1},
+    {80, kDType, 128,      64, 128,  8,     2,   4,   2,    2,    1},
+    {80, kDType, 128,      64,  64,  8,     4,   2,   2,    1,    1},
+    {80, kDType, 192,      64,  64,  8,     4,   2,   2,    1,    1},
+    {80, kDType, 256,      64,  64,  8,     4,   2,   2,    1,    1},
+    // clang-format on
+};
+
+}  // namespace flash

@@ -1,0 +1,45 @@
+// THE table of compiled forward kernels.
+#pragma once
+
+#include "config/kernel_filter.h"
+#include "params.h"
+
+namespace flash {
+
+/// One compiled forward kernel. The first three fields are the key, the rest is tuning.
+struct ForwardConfig {
+  int arch;  // kernel family: 80 runs on compute capability 8.0 and later
+  DType dtype;
+  int head_dim;  // columns of the tile; smaller head_dims are padded with zeros on load
+  int tile_m, tile_n;
+  int num_warps;        // each owns tile_m / num_warps query rows
+  int num_stages;       // buffers of K and V
+  bool q_in_registers;  // query fragments stay in registers instead of being re-read per key tile
+  int blocks_per_sm;    // thread blocks that registers are capped for
+
+  constexpr int num_threads() const { return 32 * num_warps; }
+  constexpr int smem_bytes() const {
+    return (tile_m + 2 * num_stages * tile_n) * head_dim * element_size(dtype);
+  }
+  constexpr RowName name() const {
+    return row_name("fwd", arch, head_dim, dtype == DType::kBf16 ? "bf16" : "fp16");
+  }
+  friend constexpr bool operator==(ForwardConfig const&, ForwardConfig const&) = default;
+};
+
+/// Rows of one dtype; rows of one (arch, head_dim) are in order of preference, and the first that fits
+/// the device's shared memory is taken (163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on sm_90).
+template <DType kDType>
+inline constexpr ForwardConfig kForwardRows[] = {
+    // clang-format off
+    // arch dtype head_dim  m    n  warps stages q_reg blocks
+    {80, kDType,  64,     128, 128,  4,    1,  false,  2},
+    {80, kDType,  96,     128,  64,  4,    1,  false,  2},
+    {80, kDType, 128,     128,  64,  4,    1,  false,  2},
+    {80, kDType, 192,     128,  64,  8,    1,  false,  1},
+    {80, kDType, 256,     128,  64,  8,    1,  false,  1},
+    {80, kDType, 256,      64,  64,  4,    1,  false,  1},
+    // clang-format on
+};
+
+}  // namespace flash

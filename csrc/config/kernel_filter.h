@@ -1,0 +1,64 @@
+// Which rows of the kernel tables a build compiles: FLASH_ATTN_KERNELS narrows a development build.
+#pragma once
+
+#include <string_view>
+
+#ifndef FLASH_ATTN_KERNELS
+#define FLASH_ATTN_KERNELS ""
+#endif
+
+namespace flash {
+
+/// Comma-separated prefixes of row names such as "fwd/sm80/128/bf16"; empty compiles every row.
+inline constexpr std::string_view kKernelFilter = FLASH_ATTN_KERNELS;
+
+/// True if `name`, made of the `/`-separated parts, starts with one of the filter's prefixes.
+constexpr bool is_compiled(std::string_view name) {
+  std::string_view rest = kKernelFilter;
+  if (rest.empty()) {
+    return true;
+  }
+  while (!rest.empty()) {
+    std::size_t const comma = rest.find(',');
+    std::string_view const prefix = rest.substr(0, comma);
+    if (!prefix.empty() && name.starts_with(prefix)) {
+      return true;
+    }
+    rest = comma == std::string_view::npos ? std::string_view{} : rest.substr(comma + 1);
+  }
+  return false;
+}
+
+/// Name of a row, "fwd/sm80/128/bf16", in a fixed buffer so that it can be made at compile time.
+struct RowName {
+  char text[24] = {};
+
+  constexpr operator std::string_view() const { return text; }
+};
+
+constexpr RowName row_name(std::string_view pass, int arch, int head_dim, std::string_view dtype) {
+  RowName name;
+  std::size_t size = 0;
+  auto append = [&](std::string_view part) {
+    for (char const c : part) {
+      name.text[size++] = c;
+    }
+  };
+  auto append_number = [&](int number) {
+    if (number >= 100) {
+      name.text[size++] = char('0' + number / 100);
+    }
+    name.text[size++] = char('0' + number / 10 % 10);
+    name.text[size++] = char('0' + number % 10);
+  };
+  append(pass);
+  append("/sm");
+  append_number(arch);
+  append("/");
+  append_number(head_dim);
+  append("/");
+  append(dtype);
+  return name;
+}
+
+}  // namespace flash

@@ -1,0 +1,73 @@
+#include "config/select.h"
+
+#include <iterator>
+
+namespace flash {
+namespace {
+
+template <class Config, std::size_t kCount>
+void append(std::vector<Config>& rows, Config const (&table)[kCount]) {
+  rows.insert(rows.end(), std::begin(table), std::end(table));
+}
+
+/// Why `row` can't serve the request; empty if it can.
+template <class Config>
+std::string reason_against(Config const& row, KernelRequest const& request) {
+  if (!is_compiled(row.name())) {
+    return "left out of this build by FLASH_ATTN_KERNELS";
+  }
+  if (request.compute_capability < row.arch) {
+    return "needs compute capability " + std::to_string(row.arch / 10) + "." +
+           std::to_string(row.arch % 10);
+  }
+  if (request.head_dim > row.head_dim) {
+    return "head_dim is at most " + std::to_string(row.head_dim);
+  }
+  if (row.smem_bytes() > request.smem_bytes) {
+    return "needs " + std::to_string(row.smem_bytes()) + " bytes of shared memory, the device has " +
+           std::to_string(request.smem_bytes);
+  }
+  return "";
+}
+
+template <class Config>
+Selection<Config> select(std::vector<Config> const& rows, KernelRequest const& request) {
+  std::string why_not;
+  for (Config const& row : rows) {
+    if (row.dtype != request.dtype) {
+      continue;
+    }
+    std::string const reason = reason_against(row, request);
+    if (reason.empty()) {
+      return {row, true, ""};
+    }
+    why_not += "\n  " + std::string(std::string_view(row.name())) + ": " + reason;
+  }
+  return {{}, false, why_not.empty() ? "\n  no kernel of this dtype" : why_not};
+}
+
+}  // namespace
+
+std::vector<ForwardConfig> forward_rows() {
+  std::vector<ForwardConfig> rows;
+  append(rows, kForwardRows<DType::kBf16>);
+  append(rows, kForwardRows<DType::kFp16>);
+  return rows;
+}
+
+std::vector<BackwardConfig> backward_rows() {
+  std::vector<BackwardConfig> rows;
+  append(rows, kBackwardRows<DType::kBf16>);
+  append(rows, kBackwardRows<DType::kFp16>);
+  return rows;
+}
+
+Selection<ForwardConfig> select_forward(KernelRequest const& request) {
+  return select(forward_rows(), request);
+}
+
+Selection<BackwardConfig> select_backward(KernelRequest const& request) {
+  return select(backward_rows(), request);
+}
+
+}  // namespace flash

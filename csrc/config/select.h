@@ -1,0 +1,35 @@
+// How a problem selects a row of a kernel table, and why a problem has none.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "config/backward_config.h"
+#include "config/forward_config.h"
+
+namespace flash {
+
+/// What a row is chosen by. smem_bytes is the shared memory that the device grants one thread block.
+struct KernelRequest {
+  int compute_capability;  // 80, 86, 90, ...
+  DType dtype;
+  int head_dim;
+  int smem_bytes;
+};
+
+/// All rows of the table, compiled or not.
+std::vector<ForwardConfig> forward_rows();
+std::vector<BackwardConfig> backward_rows();
+
+/// First row that serves the request; null if none does.
+template <class Config>
+struct Selection {
+  Config row;
+  bool found;
+  std::string why_not;  // one reason per considered row, empty if found
+};
+
+Selection<ForwardConfig> select_forward(KernelRequest const& request);
+Selection<BackwardConfig> select_backward(KernelRequest const& request);
+
+}  // namespace flash

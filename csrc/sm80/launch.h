@@ -1,0 +1,33 @@
+// Host entry points of the sm80 family. Compiles without CUDA headers.
+#pragma once
+
+#include <cstddef>
+
+#include "config/backward_config.h"
+#include "config/forward_config.h"
+
+namespace flash::sm80 {
+
+/// Opaque cudaStream_t.
+using Stream = void*;
+
+/// What the kernels need to know of the device; queried once and kept by the caller.
+struct Device {
+  int num_sms;
+  int64_t l2_bytes;
+};
+
+/// Launches the kernel of `config`, a compiled row of the table. Throws std::runtime_error with the
+/// CUDA error's text when a launch fails.
+void forward(ForwardConfig const& config, ForwardParams const& params, Device const& device,
+             Stream stream);
+
+/// Bytes of BackwardParams::workspace: the fp32 dq sums (batch * heads * seqlen_q * head_dim, rounded up
+/// to tiles) and one counter per query tile.
+std::size_t backward_workspace_bytes(BackwardConfig const& config, Shape const& shape);
+
+/// Gradients in three launches: softmax_d (and a cleared workspace), the main kernel, dq conversion.
+void backward(BackwardConfig const& config, BackwardParams const& params, Device const& device,
+              Stream stream);
+
+}  // namespace flash::sm80
