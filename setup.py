@@ -1,0 +1,92 @@
+"""Builds flash_attn/_C: one libtorch-stable-ABI module for every Python and torch the package serves.
+
+FLASH_ATTN_CUDA_ARCHS  GPU architectures, "80;90"; empty: CPU backend only; unset: the visible GPU's
+FLASH_ATTN_KERNELS     prefixes of kernel rows to compile, "fwd/sm80/128/bf16"; empty: all
+MAX_JOBS               upper bound of parallel compile jobs
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # a PEP 517 build doesn't put the project on the path
+
+from third_party import cutlass  # noqa: E402
+from tools import build_plan  # noqa: E402
+
+
+class BuildModule(build_ext):
+    """Fills in the extension and hands it to torch's ninja build.
+
+    torch is imported only here, when something is compiled: asking for the package's metadata needs
+    no torch.
+    """
+
+    def run(self) -> None:
+        plan = build_plan.make_plan()
+        print(f"flash-attn: {plan.note}", file=sys.stderr, flush=True)
+        os.environ["MAX_JOBS"] = str(build_plan.job_count(cuda=bool(plan.archs)))
+        (extension,) = self.extensions
+        from torch.utils import cpp_extension
+
+        fill_in(extension, plan, cpp_extension.include_paths(), cpp_extension.library_paths())
+        if plan.archs:
+            use_toolkit(plan)
+        torch_build = cpp_extension.BuildExtension(self.distribution)
+        vars(torch_build).update(vars(self))
+        torch_build.force = True  # ninja decides what is out of date
+        torch_build.run()
+
+
+def fill_in(
+    extension: Extension,
+    plan: build_plan.Plan,
+    torch_include: list[str],
+    torch_lib: list[str],
+) -> None:
+    """Sources and flags of the module. Headers that aren't ours come as -isystem: warning-free."""
+    extension.sources = build_plan.sources(plan.archs)
+    extension.include_dirs = [str(ROOT / "csrc")]
+    extension.define_macros = build_plan.define_macros(plan.archs)
+    extension.library_dirs = list(torch_lib)
+    extension.libraries = ["torch", "torch_cpu", "c10"]
+    extension.extra_link_args = ["-Wl,--exclude-libs,ALL"]
+    cxx_flags = [*build_plan.CXX_FLAGS, *isystem(torch_include)]
+    nvcc_flags: list[str] = []
+    if plan.cuda_home:
+        cxx_flags += isystem([str(plan.cuda_home / "include")])
+        archs = ",".join(map(str, plan.archs))
+        cutlass_include = isystem([str(cutlass.find_include_dir())])
+        nvcc_flags = [*build_plan.NVCC_FLAGS, f"--cuda-archs={archs}", *cutlass_include]
+        extension.library_dirs += [str(plan.cuda_home / "lib64")]
+        extension.libraries += ["cudart_static", "dl", "rt"]
+    extension.extra_compile_args = {"cxx": cxx_flags, "nvcc": nvcc_flags}
+
+
+def isystem(folders: list[str]) -> list[str]:
+    return [flag for folder in folders for flag in ("-isystem", folder)]
+
+
+def use_toolkit(plan: build_plan.Plan) -> None:
+    """Points torch's build at nvcc, also where torch itself is a CPU build."""
+    import torch
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = str(plan.cuda_home)
+    # torch refuses an nvcc of another major version than its own, and leaves header dependencies out
+    # of the ninja file of a CPU build. The module's only link to torch is the stable ABI, so any nvcc
+    # will do.
+    torch.version.cuda = build_plan.nvcc_version(plan.cuda_home)
+    gate = ROOT / "tools" / "nvcc_gate.py"
+    os.environ["PYTORCH_NVCC"] = f"{sys.executable} {gate} {plan.cuda_home / 'bin' / 'nvcc'}"
+
+
+setup(
+    ext_modules=[Extension("flash_attn._C", sources=[], language="c++", py_limited_api=True)],
+    cmdclass={"build_ext": BuildModule},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

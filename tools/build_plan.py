@@ -1,0 +1,248 @@
+"""What a build compiles: CUDA architectures, sources, compiler flags, parallel jobs.
+
+Used by setup.py, by the nvcc gate and by the Makefile's targets. Standard library only: it runs before
+torch is installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OLDEST_ARCH = 80  # Ampere: cp.async and bf16 mma.sync
+GIB_PER_JOB = 3.0  # peak memory of one nvcc job
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The CUDA half of a build; without architectures it is the CPU backend alone."""
+
+    archs: tuple[int, ...]
+    cuda_home: Path | None
+    note: str  # one line for the user
+
+    @property
+    def arch_list(self) -> str:
+        return ";".join(map(str, self.archs))
+
+
+def find_cuda_home(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Folder of the CUDA toolkit: CUDA_HOME, CUDA_PATH, else where the nvcc on PATH lives."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        home = environ.get(name)
+        if home and Path(home, "bin", "nvcc").exists():
+            return Path(home)
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    if nvcc is None:
+        return None
+    # An nvcc on PATH may be a script that starts the real one: ask it where it runs from.
+    dry_run = subprocess.run(
+        [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull],
+        capture_output=True,
+        text=True,
+    )
+    here = re.search(r"_HERE_=(.+)", dry_run.stderr + dry_run.stdout)
+    return Path(here.group(1).strip() if here else Path(nvcc).resolve().parent).parent
+
+
+def nvcc_version(cuda_home: Path) -> str:
+    """Release of the toolkit, "13.0"."""
+    command = [cuda_home / "bin" / "nvcc", "--version"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+\.\d+)", text)
+    if release is None:
+        raise RuntimeError(f"expected 'release X.Y' from {command[0]} --version, got: {text}")
+    return release.group(1)
+
+
+def nvcc_archs(cuda_home: Path) -> tuple[int, ...]:
+    """Architectures that this nvcc compiles for."""
+    command = [cuda_home / "bin" / "nvcc", "--list-gpu-arch"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return tuple(sorted(int(arch) for arch in re.findall(r"compute_(\d+)$", text, re.MULTILINE)))
+
+
+def visible_archs(environ: Mapping[str, str] = os.environ) -> tuple[int, ...]:
+    """Architectures of the GPUs that nvidia-smi lists, () without GPU or driver."""
+    nvidia_smi = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if nvidia_smi is None:
+        return ()
+    command = [nvidia_smi, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    if listed.returncode != 0:
+        return ()
+    found = re.findall(r"^(\d+)\.(\d)\s*$", listed.stdout, re.MULTILINE)
+    return tuple(sorted({int(major + minor) for major, minor in found}))
+
+
+def parse_archs(text: str) -> tuple[int, ...]:
+    """ "80;90" -> (80, 90)."""
+    parts = [part.strip() for part in re.split(r"[;,\s]+", text) if part.strip()]
+    for part in parts:
+        if not part.isdigit() or int(part) < OLDEST_ARCH:
+            raise ValueError(
+                f"FLASH_ATTN_CUDA_ARCHS: expected compute capabilities without the dot, from "
+                f'{OLDEST_ARCH} on, separated by ";", like "80;90"; got {part!r} in {text!r}'
+            )
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def make_plan(environ: Mapping[str, str] = os.environ) -> Plan:
+    """Architectures to build: FLASH_ATTN_CUDA_ARCHS; unset, those of the visible GPUs."""
+    listed = environ.get("FLASH_ATTN_CUDA_ARCHS")
+    archs = parse_archs(listed) if listed is not None else ()
+    if listed is not None and not archs:
+        return Plan((), None, "CPU backend only: FLASH_ATTN_CUDA_ARCHS is set and empty.")
+    cuda_home = find_cuda_home(environ)
+    if listed is None:
+        found = visible_archs(environ)
+        archs = tuple(arch for arch in found if arch >= OLDEST_ARCH)
+        missing = why_no_gpu_backend(cuda_home, found, archs)
+        if missing:
+            return Plan((), None, missing)
+    if cuda_home is None:
+        raise RuntimeError(
+            f"FLASH_ATTN_CUDA_ARCHS={listed!r} needs the CUDA compiler nvcc: expected it on PATH or "
+            f"in CUDA_HOME/bin, found none. Install a CUDA toolkit, or set FLASH_ATTN_CUDA_ARCHS= "
+            f"(empty) for the CPU backend alone."
+        )
+    archs = buildable_archs(archs, nvcc_archs(cuda_home), explicit=listed is not None)
+    arch_list = ";".join(map(str, archs))
+    note = f"CPU and CUDA backends for architectures {arch_list} with nvcc in {cuda_home}."
+    return Plan(archs, cuda_home, note)
+
+
+def why_no_gpu_backend(
+    cuda_home: Path | None, found: tuple[int, ...], usable: tuple[int, ...]
+) -> str:
+    """One line on what the GPU backends lack; empty if they can be built."""
+    remedy = 'set FLASH_ATTN_CUDA_ARCHS="80;90" to build the GPU backends for other machines'
+    if cuda_home is None:
+        return (
+            "CPU backend only: no CUDA compiler (nvcc on PATH or in CUDA_HOME/bin). For the GPU "
+            "backends install a CUDA toolkit; without a GPU in this machine also " + remedy + "."
+        )
+    if not found:
+        return f"CPU backend only: nvidia-smi shows no GPU; {remedy}."
+    if not usable:
+        return (
+            f"CPU backend only: the GPU (sm_{found[-1]}) is older than sm_{OLDEST_ARCH}; {remedy}."
+        )
+    return ""
+
+
+def buildable_archs(
+    archs: tuple[int, ...], supported: tuple[int, ...], explicit: bool
+) -> tuple[int, ...]:
+    """Checks listed archs against nvcc; a visible GPU newer than nvcc gets the newest PTX instead."""
+    unknown = [arch for arch in archs if arch not in supported]
+    if explicit and unknown:
+        raise ValueError(
+            f"FLASH_ATTN_CUDA_ARCHS: expected architectures that this nvcc knows "
+            f"({', '.join(map(str, supported))}), got {unknown[0]}. Use a newer CUDA toolkit, or "
+            f"leave it out: newer GPUs run the PTX of the newest architecture listed."
+        )
+    clamped = {max(known for known in supported if known <= arch) for arch in archs}
+    return tuple(sorted(clamped))
+
+
+def gencode(source: Path, archs: Sequence[int]) -> list[str]:
+    """nvcc's architecture flags for one source file.
+
+    Machine code for every architecture, and PTX of the newest for GPUs that come after it. The sm80
+    family is plain compute_XX code; a family with arch-specific instructions picks its own flags here
+    by the source's path.
+    """
+    if source.suffix != ".cu":
+        raise ValueError(f"expected a .cu file, got {source}")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    newest = max(archs)
+    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def sources(archs: Sequence[int]) -> list[str]:
+    """Source files of the module, relative to the repository's root."""
+    csrc = ROOT / "csrc"
+    found = [*csrc.glob("config/*.cpp"), *csrc.glob("cpu/*.cpp")]
+    binding = list(csrc.glob("binding/*.cpp"))
+    found += [path for path in binding if archs or not path.name.startswith("cuda_")]
+    if archs:
+        for pattern in ("sm80/*.cpp", "sm80/*.cu", "units/*.cu"):
+            found += csrc.glob(pattern)
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def define_macros(
+    archs: Sequence[int], environ: Mapping[str, str] = os.environ
+) -> list[tuple[str, str]]:
+    """Macros that tell the C++ code what was compiled."""
+    kernels = environ.get("FLASH_ATTN_KERNELS", "")
+    if not re.fullmatch(r"[\w/,]*", kernels):
+        raise ValueError(
+            f"FLASH_ATTN_KERNELS: expected comma-separated prefixes of kernel rows, like "
+            f'"fwd/sm80/128/bf16,bwd/sm80/64"; got {kernels!r}'
+        )
+    arch_list = ";".join(map(str, archs))
+    return [
+        ("TORCH_STABLE_ONLY", "1"),
+        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+        ("FLASH_ATTN_CUDA_ARCHS", f'"{arch_list}"'),
+        ("FLASH_ATTN_KERNELS", f'"{kernels}"'),
+    ]
+
+
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",  # Python's own flags ask for debug information
+    "-DNDEBUG",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-stringop-overflow",  # GCC 12 reports std::vector's own copies
+]
+
+NVCC_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-DNDEBUG",
+    "--expt-relaxed-constexpr",
+    "--compress-mode=size",
+    "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-Werror",
+    "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error",
+]
+
+
+def job_count(cuda: bool, environ: Mapping[str, str] = os.environ) -> int:
+    """Parallel compile jobs: cores, free memory, and MAX_JOBS as an upper bound."""
+    jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = free_gib()
+    if free is not None:
+        jobs = min(jobs, int(free / (GIB_PER_JOB if cuda else GIB_PER_JOB / 2)))
+    if environ.get("MAX_JOBS", "").isdigit():
+        jobs = min(jobs, int(environ["MAX_JOBS"]))
+    return max(jobs, 1)
+
+
+def free_gib() -> float | None:
+    """Memory that can be had without swapping: the machine's, or what a container is given."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text())
+    free = int(found.group(1)) / 2**20 if found else None
+    limit, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip().isdigit():
+        left = (int(limit.read_text()) - int(used.read_text())) / 2**30
+        free = left if free is None else min(free, left)
+    return free
