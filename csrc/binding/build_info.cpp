@@ -1,0 +1,94 @@
+#include "binding/build_info.h"
+
+#include <string_view>
+
+#include "config/select.h"
+
+// Defined by the build as strings: the package's version, the CUDA toolkit ("13.0") and the
+// architectures ("80,90"); the last two are empty when only the CPU backend is built.
+#ifndef FLASH_ATTN_VERSION
+#define FLASH_ATTN_VERSION "unknown"
+#endif
+#ifndef FLASH_ATTN_CUDA_VERSION
+#define FLASH_ATTN_CUDA_VERSION ""
+#endif
+#ifndef FLASH_ATTN_CUDA_ARCHS
+#define FLASH_ATTN_CUDA_ARCHS ""
+#endif
+
+namespace flash::binding {
+namespace {
+
+std::vector<int> parse_archs(std::string_view text) {
+  std::vector<int> archs;
+  int number = 0;
+  bool has_digits = false;
+  for (char const c : text) {
+    if (c >= '0' && c <= '9') {
+      number = 10 * number + (c - '0');
+      has_digits = true;
+    } else if ((c == ',' || c == ';') && has_digits) {
+      archs.push_back(number);
+      number = 0;
+      has_digits = false;
+    }
+  }
+  if (has_digits) {
+    archs.push_back(number);
+  }
+  return archs;
+}
+
+std::string quoted(std::string_view text) {
+  std::string result{'"'};
+  return result.append(text).append(1, '"');
+}
+
+std::string json_list(std::vector<std::string> const& texts) {
+  std::string list{'['};
+  for (std::string const& text : texts) {
+    list.append(list.size() > 1 ? ", " : "").append(quoted(text));
+  }
+  return list.append(1, ']');
+}
+
+template <class Config>
+void append_compiled(std::vector<std::string>& names, std::vector<Config> const& rows) {
+  for (Config const& row : rows) {
+    std::string const name{std::string_view(row.name())};
+    bool const is_listed = !names.empty() && names.back() == name;
+    if (is_compiled(name) && !is_listed) {
+      names.push_back(name);
+    }
+  }
+}
+
+std::vector<std::string> compiled_rows() {
+  std::vector<std::string> names;
+  if (!cuda_archs().empty()) {
+    append_compiled(names, forward_rows());
+    append_compiled(names, backward_rows());
+  }
+  return names;
+}
+
+}  // namespace
+
+std::vector<int> const& cuda_archs() {
+  static std::vector<int> const archs = parse_archs(FLASH_ATTN_CUDA_ARCHS);
+  return archs;
+}
+
+std::string build_info() {
+  std::string_view const cuda_version = FLASH_ATTN_CUDA_VERSION;
+  std::vector<std::string> archs;
+  for (int const arch : cuda_archs()) {
+    archs.push_back(std::to_string(arch));
+  }
+  return "{\"version\": " + quoted(FLASH_ATTN_VERSION) +
+         ", \"cuda_version\": " + (cuda_version.empty() ? "null" : quoted(cuda_version)) +
+         ", \"cuda_archs\": " + json_list(archs) + ", \"kernels\": " + quoted(kKernelFilter) +
+         ", \"rows\": " + json_list(compiled_rows()) + "}";
+}
+
+}  // namespace flash::binding

@@ -1,0 +1,196 @@
+#include "binding/calls.h"
+
+#include <torch/csrc/stable/ops.h>
+
+#include <utility>
+
+#include "binding/check.h"
+
+namespace flash::binding {
+namespace {
+
+/// Rows of softmax_d are padded to a multiple of this.
+constexpr int kRowPadding = 128;
+
+bool is_aligned(Tensor const& tensor, int alignment) {
+  if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment != 0) {
+    return false;
+  }
+  int64_t const elements = alignment / int64_t(tensor.element_size());
+  for (int64_t dim = 0; dim + 1 < tensor.dim(); ++dim) {
+    if (elements > 1 && tensor.size(dim) > 1 && tensor.stride(dim) % elements != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool has_contiguous_rows(Tensor const& tensor) {
+  return tensor.stride(tensor.dim() - 1) == 1 || tensor.size(tensor.dim() - 1) <= 1;
+}
+
+/// A new contiguous tensor like `tensor`, contents undefined.
+Tensor new_like(Tensor const& tensor) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return new_tensor(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)},
+                    dtype);
+}
+
+Tensor readable(Tensor const& tensor, int alignment) {
+  if (has_contiguous_rows(tensor) && is_aligned(tensor, alignment)) {
+    return tensor;
+  }
+  Tensor copy = new_like(tensor);
+  torch::stable::copy_(copy, tensor);
+  return copy;
+}
+
+Tensor writable(Tensor const& tensor, int alignment) {
+  return is_aligned(tensor, alignment) ? tensor : new_like(tensor);
+}
+
+void copy_back(Tensor& given, Tensor const& computed) {
+  if (given.get() != computed.get()) {
+    torch::stable::copy_(given, computed);
+  }
+}
+
+Strided strided(Tensor const& tensor) {
+  return {.ptr = tensor.data_ptr(),
+          .batch_stride = tensor.stride(0),
+          .row_stride = tensor.stride(1),
+          .head_stride = tensor.stride(2)};
+}
+
+Mask mask_of(Options const& options) {
+  return {window_bound(options.window_left), window_bound(options.window_right)};
+}
+
+Shape checked_inputs(Tensor const& q, Tensor const& k, Tensor const& v) {
+  Shape const shape = checked_shape(q, k, v);
+  check_rows_contiguous("q", q);
+  check_rows_contiguous("k", k);
+  check_rows_contiguous("v", v);
+  return shape;
+}
+
+/// Everything but the sizes of q, k and v.
+void check_backward(BackwardTensors const& in) {
+  check_rows_contiguous("q", in.q);
+  check_rows_contiguous("k", in.k);
+  check_rows_contiguous("v", in.v);
+  check_like("dout", in.dout, "q", in.q);
+  check_like("out", in.out, "q", in.q);
+  check_row_statistic("softmax_lse", in.softmax_lse, in.q);
+  if (in.dlse) {
+    check_row_statistic("dlse", *in.dlse, in.q);
+  }
+  check_like("dq", in.dq, "q", in.q);
+  check_like("dk", in.dk, "k", in.k);
+  check_like("dv", in.dv, "v", in.v);
+  check_writable("dq", in.dq);
+  check_writable("dk", in.dk);
+  check_writable("dv", in.dv);
+}
+
+BackwardTensors checked_and_aligned(BackwardTensors const& in, int alignment) {
+  check_backward(in);
+  std::optional<Tensor> dlse;
+  if (in.dlse) {
+    dlse = torch::stable::contiguous(*in.dlse);
+  }
+  return {.dout = readable(in.dout, alignment),
+          .q = readable(in.q, alignment),
+          .k = readable(in.k, alignment),
+          .v = readable(in.v, alignment),
+          .out = readable(in.out, alignment),
+          .softmax_lse = torch::stable::contiguous(in.softmax_lse),
+          .dlse = std::move(dlse),
+          .dq = writable(in.dq, alignment),
+          .dk = writable(in.dk, alignment),
+          .dv = writable(in.dv, alignment)};
+}
+
+}  // namespace
+
+Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[4];
+  int64_t stride = 1;
+  for (std::size_t dim = sizes.size(); dim-- > 0;) {
+    strides[dim] = stride;
+    // As torch does it: an empty dimension counts as one.
+    stride *= sizes.begin()[dim] > 0 ? sizes.begin()[dim] : 1;
+  }
+  int32_t device_type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(),
+                                                         strides, dtype, device_type,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in,
+                         Options const& options, int alignment)
+    : dtype(checked_dtype(q_in)),
+      shape(checked_inputs(q_in, k_in, v_in)),
+      q(readable(q_in, alignment)),
+      k(readable(k_in, alignment)),
+      v(readable(v_in, alignment)),
+      out(new_like(q)),
+      softmax_lse(new_tensor(q, {shape.batch_size, shape.num_heads, shape.seqlen_q},
+                             aoti_torch_dtype_float32())),
+      params{.q = strided(q),
+             .k = strided(k),
+             .v = strided(v),
+             .out = strided(out),
+             .softmax_lse = static_cast<float*>(softmax_lse.data_ptr()),
+             .shape = shape,
+             .mask = mask_of(options),
+             .softmax_scale = checked_scale(options.softmax_scale)} {}
+
+BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool deterministic,
+                           int alignment)
+    : dtype(checked_dtype(tensors.q)),
+      shape(checked_shape(tensors.q, tensors.k, tensors.v)),
+      given(std::move(tensors)),
+      aligned(checked_and_aligned(given, alignment)),
+      softmax_d(new_tensor(
+          given.q, {shape.batch_size, shape.num_heads, round_up(shape.seqlen_q, kRowPadding)},
+          aoti_torch_dtype_float32())),
+      params{.q = strided(aligned.q),
+             .k = strided(aligned.k),
+             .v = strided(aligned.v),
+             .out = strided(aligned.out),
+             .dout = strided(aligned.dout),
+             .dq = strided(aligned.dq),
+             .dk = strided(aligned.dk),
+             .dv = strided(aligned.dv),
+             .softmax_lse = static_cast<float const*>(aligned.softmax_lse.data_ptr()),
+             .dlse = aligned.dlse ? static_cast<float const*>(aligned.dlse->data_ptr()) : nullptr,
+             .softmax_d = static_cast<float*>(softmax_d.data_ptr()),
+             .shape = shape,
+             .mask = mask_of(options),
+             .softmax_scale = checked_scale(options.softmax_scale),
+             .deterministic = deterministic,
+             .workspace = nullptr} {}
+
+bool BackwardCall::is_empty() const {
+  return shape.batch_size == 0 || shape.seqlen_q == 0 || shape.seqlen_k == 0;
+}
+
+void BackwardCall::zero_gradients() {
+  torch::stable::zero_(given.dq);
+  torch::stable::zero_(given.dk);
+  torch::stable::zero_(given.dv);
+  torch::stable::zero_(softmax_d);
+}
+
+void BackwardCall::finish() {
+  copy_back(given.dq, aligned.dq);
+  copy_back(given.dk, aligned.dk);
+  copy_back(given.dv, aligned.dv);
+}
+
+}  // namespace flash::binding

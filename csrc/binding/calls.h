@@ -1,0 +1,68 @@
+// Tensors -> params: one checked call with its outputs, the same for every backend.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <optional>
+
+#include "params.h"
+
+namespace flash::binding {
+
+using torch::stable::Tensor;
+
+/// The numbers of a call, as the op schemas have them.
+struct Options {
+  double softmax_scale;
+  int64_t window_left;
+  int64_t window_right;
+};
+
+/// A new contiguous tensor on the device of `like`; `dtype` is one of aoti_torch_dtype_*().
+Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int32_t dtype);
+
+/// One forward call: checked inputs, allocated outputs. `alignment` is what the backend's kernels
+/// need, in bytes: pointers and strides are multiples of it. An input that is not so aligned is
+/// copied; that and a dout without contiguous rows are the only copies ever made.
+struct ForwardCall {
+  ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in, Options const& options,
+              int alignment);
+
+  /// True if the outputs have no elements.
+  bool is_empty() const { return shape.batch_size == 0 || shape.seqlen_q == 0; }
+
+  DType dtype;
+  Shape shape;
+  Tensor q, k, v;
+  Tensor out, softmax_lse;
+  ForwardParams params;
+};
+
+/// The tensors of a backward call.
+struct BackwardTensors {
+  Tensor dout, q, k, v, out, softmax_lse;
+  std::optional<Tensor> dlse;
+  Tensor dq, dk, dv;
+};
+
+/// One backward call: checked tensors, allocated softmax_d. The workspace is left to the backend.
+struct BackwardCall {
+  BackwardCall(BackwardTensors tensors, Options const& options, bool deterministic, int alignment);
+
+  /// True if there are no queries or no keys; zero_gradients() is then all there is to do.
+  bool is_empty() const;
+  void zero_gradients();
+
+  /// Brings gradients that were computed in an aligned copy to where the caller wants them.
+  void finish();
+
+  DType dtype;
+  Shape shape;
+  BackwardTensors given;    // what the caller passed
+  BackwardTensors aligned;  // what the kernels read and write
+  Tensor softmax_d;
+  BackwardParams params;
+};
+
+}  // namespace flash::binding

@@ -1,0 +1,45 @@
+// Ops on CPU tensors.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "binding/calls.h"
+#include "cpu/attention.h"
+
+namespace flash::binding {
+namespace {
+
+constexpr int kAlignment = 1;  // any tensor of whole elements will do
+
+std::tuple<Tensor, Tensor> forward_cpu(Tensor const& q, Tensor const& k, Tensor const& v,
+                                       double softmax_scale, int64_t window_left,
+                                       int64_t window_right) {
+  ForwardCall const call(q, k, v, {softmax_scale, window_left, window_right}, kAlignment);
+  if (!call.is_empty()) {
+    cpu::forward(call.params, call.dtype, int(torch::stable::get_num_threads()));
+  }
+  return {call.out, call.softmax_lse};
+}
+
+Tensor backward_cpu(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor const& v,
+                    Tensor const& out, Tensor const& softmax_lse, std::optional<Tensor> const& dlse,
+                    Tensor const& dq, Tensor const& dk, Tensor const& dv, double softmax_scale,
+                    int64_t window_left, int64_t window_right, bool deterministic) {
+  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv},
+                    {softmax_scale, window_left, window_right}, deterministic, kAlignment);
+  if (call.is_empty()) {
+    call.zero_gradients();
+    return call.softmax_d;
+  }
+  cpu::backward(call.params, call.dtype, int(torch::stable::get_num_threads()));
+  call.finish();
+  return call.softmax_d;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
+  m.impl("forward", TORCH_BOX(&forward_cpu));
+  m.impl("backward", TORCH_BOX(&backward_cpu));
+}
+
+}  // namespace flash::binding

@@ -1,0 +1,58 @@
+// Ops on CUDA tensors. Compiled only into builds with CUDA architectures.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include "binding/calls.h"
+#include "binding/cuda_device.h"
+#include "sm80/launch.h"
+
+namespace flash::binding {
+namespace {
+
+constexpr int kAlignment = 16;  // bytes of one cp.async
+
+std::tuple<Tensor, Tensor> forward_cuda(Tensor const& q, Tensor const& k, Tensor const& v,
+                                        double softmax_scale, int64_t window_left,
+                                        int64_t window_right) {
+  int const device_index = q.get_device_index();
+  torch::stable::accelerator::DeviceGuard const guard(device_index);
+  ForwardCall const call(q, k, v, {softmax_scale, window_left, window_right}, kAlignment);
+  CudaDevice const& device = cuda_device(device_index);
+  ForwardConfig const& config = device.forward_config(call.dtype, call.shape.head_dim);
+  if (!call.is_empty()) {
+    sm80::forward(config, call.params, device.properties(), current_stream(device_index));
+  }
+  return {call.out, call.softmax_lse};
+}
+
+Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor const& v,
+                     Tensor const& out, Tensor const& softmax_lse,
+                     std::optional<Tensor> const& dlse, Tensor const& dq, Tensor const& dk,
+                     Tensor const& dv, double softmax_scale, int64_t window_left,
+                     int64_t window_right, bool deterministic) {
+  int const device_index = q.get_device_index();
+  torch::stable::accelerator::DeviceGuard const guard(device_index);
+  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv},
+                    {softmax_scale, window_left, window_right}, deterministic, kAlignment);
+  CudaDevice const& device = cuda_device(device_index);
+  BackwardConfig const& config = device.backward_config(call.dtype, call.shape.head_dim);
+  if (call.is_empty()) {
+    call.zero_gradients();
+    return call.softmax_d;
+  }
+  auto const workspace_bytes = int64_t(sm80::backward_workspace_bytes(config, call.shape));
+  Tensor const workspace = new_tensor(q, {workspace_bytes}, aoti_torch_dtype_uint8());
+  call.params.workspace = workspace.data_ptr();
+  sm80::backward(config, call.params, device.properties(), current_stream(device_index));
+  call.finish();
+  return call.softmax_d;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
+  m.impl("forward", TORCH_BOX(&forward_cuda));
+  m.impl("backward", TORCH_BOX(&backward_cuda));
+}
+
+}  // namespace flash::binding

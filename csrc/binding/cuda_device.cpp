@@ -1,0 +1,127 @@
+#include "binding/cuda_device.h"
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <algorithm>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "binding/build_info.h"
+
+// Declared by torch's header only where torch itself is built with CUDA. Weak, so that this library
+// loads beside a CPU-only torch too.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace flash::binding {
+namespace {
+
+constexpr int kMaxDevices = 64;
+
+void check_cuda(cudaError_t error, char const* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("flash_attn: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+int attribute(cudaDeviceAttr attr, int device_index) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attr, device_index), "cudaDeviceGetAttribute");
+  return value;
+}
+
+std::string version_text(int compute_capability) {
+  return std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
+}
+
+void check_built_for(int compute_capability) {
+  std::vector<int> const& archs = cuda_archs();
+  if (std::any_of(archs.begin(), archs.end(),
+                  [&](int arch) { return arch <= compute_capability; })) {
+    return;
+  }
+  std::string built;
+  for (int const arch : archs) {
+    built += (built.empty() ? "" : ";") + std::to_string(arch);
+  }
+  throw std::runtime_error(
+      "flash_attn: this GPU has compute capability " + version_text(compute_capability) +
+      ", but this build holds kernels for FLASH_ATTN_CUDA_ARCHS=\"" + built +
+      "\" only. The kernels need 8.0 or later; rebuild with FLASH_ATTN_CUDA_ARCHS=\"" +
+      std::to_string(compute_capability) + "\" if the GPU has that.");
+}
+
+}  // namespace
+
+CudaDevice::CudaDevice(int device_index)
+    : compute_capability_(10 * attribute(cudaDevAttrComputeCapabilityMajor, device_index) +
+                          attribute(cudaDevAttrComputeCapabilityMinor, device_index)),
+      properties_{.num_sms = attribute(cudaDevAttrMultiProcessorCount, device_index),
+                  .l2_bytes = attribute(cudaDevAttrL2CacheSize, device_index)} {
+  check_built_for(compute_capability_);
+  int const smem_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index);
+  for (DType const dtype : {DType::kFp16, DType::kBf16}) {
+    for (std::size_t step = 0; step < forward_[0].size(); ++step) {
+      KernelRequest const request{compute_capability_, dtype, int(step) * kHeadDimStep, smem_bytes};
+      forward_[std::size_t(dtype)][step] = select_forward(request);
+      backward_[std::size_t(dtype)][step] = select_backward(request);
+    }
+  }
+}
+
+template <class Config>
+Config const& CudaDevice::find(Table<Config> const& table, char const* pass, DType dtype,
+                               int head_dim) const {
+  if (dtype == DType::kFp32) {
+    throw std::invalid_argument(
+        "flash_attn: q: expected dtype Half or BFloat16 on CUDA, got Float");
+  }
+  if (head_dim % kHeadDimStep != 0) {
+    throw std::invalid_argument("flash_attn: q: expected a head_dim that is a multiple of " +
+                                std::to_string(kHeadDimStep) + " on CUDA, got " +
+                                std::to_string(head_dim));
+  }
+  Selection<Config> const& selection =
+      table[std::size_t(dtype)][std::size_t(head_dim / kHeadDimStep)];
+  if (!selection.found) {
+    throw std::runtime_error(std::string("flash_attn: no ") + pass + " kernel for head_dim " +
+                             std::to_string(head_dim) + " on a GPU of compute capability " +
+                             version_text(compute_capability_) + ":" + selection.why_not);
+  }
+  return selection.row;
+}
+
+ForwardConfig const& CudaDevice::forward_config(DType dtype, int head_dim) const {
+  return find(forward_, "forward", dtype, head_dim);
+}
+
+BackwardConfig const& CudaDevice::backward_config(DType dtype, int head_dim) const {
+  return find(backward_, "backward", dtype, head_dim);
+}
+
+CudaDevice const& cuda_device(int device_index) {
+  static std::once_flag made[kMaxDevices];
+  static std::unique_ptr<CudaDevice const> devices[kMaxDevices];
+  if (device_index < 0 || device_index >= kMaxDevices) {
+    throw std::runtime_error("flash_attn: expected a CUDA device index below " +
+                             std::to_string(kMaxDevices) + ", got " + std::to_string(device_index));
+  }
+  std::call_once(made[device_index],
+                 [&] { devices[device_index] = std::make_unique<CudaDevice const>(device_index); });
+  return *devices[device_index];
+}
+
+sm80::Stream current_stream(int device_index) {
+  void* stream = nullptr;
+  if (aoti_torch_get_current_cuda_stream == nullptr ||
+      aoti_torch_get_current_cuda_stream(device_index, &stream) != 0) {
+    throw std::runtime_error(
+        "flash_attn: torch has no current CUDA stream; expected a torch built with CUDA");
+  }
+  return stream;
+}
+
+}  // namespace flash::binding

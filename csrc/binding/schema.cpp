@@ -1,0 +1,19 @@
+// Op schemas. Implementations are registered by cpu_backend.cpp and cuda_backend.cpp.
+#include <torch/csrc/stable/library.h>
+
+#include "binding/build_info.h"
+
+STABLE_TORCH_LIBRARY(flash_attn, m) {
+  m.def(
+      "forward(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
+      "int window_right) -> (Tensor out, Tensor softmax_lse)");
+  m.def(
+      "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
+      "Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, float softmax_scale, "
+      "int window_left, int window_right, bool deterministic) -> Tensor softmax_d");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&flash::binding::build_info));
+}
