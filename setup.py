@@ -1,4 +1,4 @@
-"""Builds flash_attn/_C: one libtorch-stable-ABI module for every Python and torch the package serves.
+"""Builds flash_attn/_C: one libtorch-stable-ABI module for every supported Python and torch.
 
 FLASH_ATTN_CUDA_ARCHS  GPU architectures, "80;90"; empty: CPU backend only; unset: the visible GPU's
 FLASH_ATTN_KERNELS     prefixes of kernel rows to compile, "fwd/sm80/128/bf16"; empty: all
@@ -77,9 +77,9 @@ def use_toolkit(plan: build_plan.Plan) -> None:
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = str(plan.cuda_home)
-    # torch refuses an nvcc of another major version than its own, and leaves header dependencies out
-    # of the ninja file of a CPU build. The module's only link to torch is the stable ABI, so any nvcc
-    # will do.
+    # torch refuses an nvcc of another major version than its own, and leaves header dependencies
+    # out of the ninja file of a CPU build. The module's only link to torch is the stable ABI, so
+    # any nvcc will do.
     torch.version.cuda = build_plan.nvcc_version(plan.cuda_home)
     gate = ROOT / "tools" / "nvcc_gate.py"
     os.environ["PYTORCH_NVCC"] = f"{sys.executable} {gate} {plan.cuda_home / 'bin' / 'nvcc'}"
