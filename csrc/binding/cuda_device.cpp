@@ -43,13 +43,9 @@ void check_built_for(int compute_capability) {
                   [&](int arch) { return arch <= compute_capability; })) {
     return;
   }
-  std::string built;
-  for (int const arch : archs) {
-    built += (built.empty() ? "" : ";") + std::to_string(arch);
-  }
   throw std::runtime_error(
       "flash_attn: this GPU has compute capability " + version_text(compute_capability) +
-      ", but this build holds kernels for FLASH_ATTN_CUDA_ARCHS=\"" + built +
+      ", but this build holds kernels for FLASH_ATTN_CUDA_ARCHS=\"" + cuda_arch_list() +
       "\" only. The kernels need 8.0 or later; rebuild with FLASH_ATTN_CUDA_ARCHS=\"" +
       std::to_string(compute_capability) + "\" if the GPU has that.");
 }
