@@ -30,7 +30,8 @@ def from_environment(environ: Mapping[str, str]) -> Path | None:
         return None
     if not has_headers(Path(named)):
         raise RuntimeError(
-            f"CUTLASS_INCLUDE_DIR: expected a folder with cutlass/version.h and cute/, got {named!r}"
+            f"CUTLASS_INCLUDE_DIR: expected a folder with cutlass/version.h and cute/; "
+            f"got {named!r}"
         )
     return Path(named)
 
@@ -66,10 +67,11 @@ def download(target: Path) -> Path:
         wheels = list(Path(folder).glob("*.whl"))
         if done.returncode != 0 or not wheels:
             raise RuntimeError(
-                f"The CUDA kernels need the CUTLASS headers of {REQUIREMENT}; pip could not download "
-                f"them. Install it (pip install --no-deps {REQUIREMENT}), or set "
+                f"The CUDA kernels need the CUTLASS headers of {REQUIREMENT}; pip could not "
+                f"download them. Install it (pip install --no-deps {REQUIREMENT}), or set "
                 f"CUTLASS_INCLUDE_DIR to the include folder of a CUTLASS 4.2 checkout, or set "
-                f"FLASH_ATTN_CUDA_ARCHS= (empty) for the CPU backend alone. pip said:\n{done.stderr}"
+                f"FLASH_ATTN_CUDA_ARCHS= (empty) for the CPU backend alone. "
+                f"pip said:\n{done.stderr}"
             )
         unpack_headers(wheels[0], target)
     return target

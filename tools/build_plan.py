@@ -1,7 +1,7 @@
 """What a build compiles: CUDA architectures, sources, compiler flags, parallel jobs.
 
-Used by setup.py, by the nvcc gate and by the Makefile's targets. Standard library only: it runs before
-torch is installed.
+Used by setup.py, by the nvcc gate and by the Makefile's targets. Standard library only: it runs
+before torch is installed.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def find_cuda_home(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 def nvcc_version(cuda_home: Path) -> str:
     """Release of the toolkit, "13.0"."""
-    command = [cuda_home / "bin" / "nvcc", "--version"]
+    command = [str(cuda_home / "bin" / "nvcc"), "--version"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+\.\d+)", text)
     if release is None:
@@ -63,7 +63,7 @@ def nvcc_version(cuda_home: Path) -> str:
 
 def nvcc_archs(cuda_home: Path) -> tuple[int, ...]:
     """Architectures that this nvcc compiles for."""
-    command = [cuda_home / "bin" / "nvcc", "--list-gpu-arch"]
+    command = [str(cuda_home / "bin" / "nvcc"), "--list-gpu-arch"]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return tuple(sorted(int(arch) for arch in re.findall(r"compute_(\d+)$", text, re.MULTILINE)))
 
@@ -82,7 +82,7 @@ def visible_archs(environ: Mapping[str, str] = os.environ) -> tuple[int, ...]:
 
 
 def parse_archs(text: str) -> tuple[int, ...]:
-    """ "80;90" -> (80, 90)."""
+    """Architectures of a list like "80;90", in order and each once."""
     parts = [part.strip() for part in re.split(r"[;,\s]+", text) if part.strip()]
     for part in parts:
         if not part.isdigit() or int(part) < OLDEST_ARCH:
@@ -108,9 +108,9 @@ def make_plan(environ: Mapping[str, str] = os.environ) -> Plan:
             return Plan((), None, missing)
     if cuda_home is None:
         raise RuntimeError(
-            f"FLASH_ATTN_CUDA_ARCHS={listed!r} needs the CUDA compiler nvcc: expected it on PATH or "
-            f"in CUDA_HOME/bin, found none. Install a CUDA toolkit, or set FLASH_ATTN_CUDA_ARCHS= "
-            f"(empty) for the CPU backend alone."
+            f"FLASH_ATTN_CUDA_ARCHS={listed!r} needs the CUDA compiler nvcc: expected it on PATH "
+            f"or in CUDA_HOME/bin, found none. Install a CUDA toolkit, or set "
+            f"FLASH_ATTN_CUDA_ARCHS= (empty) for the CPU backend alone."
         )
     archs = buildable_archs(archs, nvcc_archs(cuda_home), explicit=listed is not None)
     arch_list = ";".join(map(str, archs))
@@ -140,7 +140,7 @@ def why_no_gpu_backend(
 def buildable_archs(
     archs: tuple[int, ...], supported: tuple[int, ...], explicit: bool
 ) -> tuple[int, ...]:
-    """Checks listed archs against nvcc; a visible GPU newer than nvcc gets the newest PTX instead."""
+    """Checks archs against nvcc; a visible GPU newer than nvcc gets the newest PTX instead."""
     unknown = [arch for arch in archs if arch not in supported]
     if explicit and unknown:
         raise ValueError(
@@ -155,9 +155,9 @@ def buildable_archs(
 def gencode(source: Path, archs: Sequence[int]) -> list[str]:
     """nvcc's architecture flags for one source file.
 
-    Machine code for every architecture, and PTX of the newest for GPUs that come after it. The sm80
-    family is plain compute_XX code; a family with arch-specific instructions picks its own flags here
-    by the source's path.
+    Machine code for every architecture, and PTX of the newest for GPUs that come after it. The
+    sm80 family is plain compute_XX code; a family with arch-specific instructions picks its own
+    flags here by the source's path.
     """
     if source.suffix != ".cu":
         raise ValueError(f"expected a .cu file, got {source}")
