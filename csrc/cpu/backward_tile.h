@@ -1,0 +1,181 @@
+// Backward tasks. One pass, five products: the task of a key tile visits the query tiles that see
+// it and recomputes their scores once; dk and dv stay in its scratch, dq goes to a shared fp32 sum.
+//   S = Q K^T;  P = exp(scale S - lse);  dV += P^T dO;  dP = dO V^T;  dS = P * (dP - D)
+//   dK += dS^T Q;  dQ += dS K        (dK and dQ are scaled when they are stored)
+// The tasks of one key head add to a query tile of dq in the order of their key tiles (DqTurns):
+// the sums are bit-equal for every thread count, and no second recomputing pass is needed.
+#pragma once
+
+#include "arith/block_range.h"
+#include "arith/tile_order.h"
+#include "cpu/convert.h"
+#include "cpu/dq_turns.h"
+#include "cpu/gemm_tile.h"
+
+namespace flash::cpu {
+
+/// Rows of one query tile with their softmax_lse and softmax_d.
+struct QueryRows {
+  RowRange rows;
+  float const* lse;
+  float const* softmax_d;
+};
+
+[[gnu::always_inline]]
+inline int softmax_d_stride(Shape const& shape) {
+  return (shape.seqlen_q + 127) / 128 * 128;
+}
+
+template <class Isa>
+QueryRows query_rows(BackwardParams const& params, int batch, int head, int m_block) {
+  Shape const& shape = params.shape;
+  int const begin = m_block * kTileM;
+  int64_t const plane = int64_t(batch) * shape.num_heads + head;
+  return {{batch, head, begin, imin(kTileM, shape.seqlen_q - begin)},
+          params.softmax_lse + plane * shape.seqlen_q + begin,
+          params.softmax_d + plane * softmax_d_stride(shape) + begin};
+}
+
+/// S to P and dP to dS, in place. A pair outside the mask gets 0 in both, whatever the inputs hold.
+/// visible is null where every pair of the tile is visible.
+template <class Isa>
+void score_gradients(BackwardScratch const& scratch, QueryRows const& query, int keys,
+                     int key_begin, float softmax_scale, VisibleKeys const* visible) {
+  using Float = typename Isa::Float;
+  using Int = typename Isa::Int;
+  int32_t lanes[Isa::kWidth];
+  for (int lane = 0; lane < Isa::kWidth; ++lane) {
+    lanes[lane] = key_begin + lane;
+  }
+  Int const first_key = Isa::template load_as<Int>(lanes);
+  Float const scale = Isa::broadcast(softmax_scale);
+  for (int row = 0; row < query.rows.count; ++row) {
+    float* const p_row = scratch.p.data + row * scratch.p.stride;
+    float* const ds_row = scratch.ds.data + row * scratch.ds.stride;
+    Float const lse = Isa::broadcast(query.lse[row]);
+    Float const softmax_d = Isa::broadcast(query.softmax_d[row]);
+    for (int col = 0; col < keys; col += Isa::kWidth) {
+      Float const exponent = Isa::fma(Isa::load(p_row + col), scale, -lse);
+      Float p = exp2<Isa>(exponent * Isa::broadcast(kLog2E));
+      Float ds = p * (Isa::load(ds_row + col) - softmax_d);
+      if (visible != nullptr) {
+        Int const j = first_key + col;
+        Int const attends = (j >= visible->begin[row]) & (j < visible->end[row]);
+        p = attends ? p : Float{};
+        ds = attends ? ds : Float{};
+      }
+      Isa::store(p_row + col, p);
+      Isa::store(ds_row + col, ds);
+    }
+  }
+}
+
+/// The five products of one (query tile, key tile) pair, dq last and in turn.
+template <class Isa, class T>
+void backward_pair(BackwardParams const& params, BackwardScratch const& scratch,
+                   QueryRows const& query, RowRange const& key_rows, VisibleKeys const* visible) {
+  int const head_dim = params.shape.head_dim;
+  int const rows = query.rows.count;
+  int const keys = key_rows.count;
+  load_tile<Isa, T>(params.q, query.rows, head_dim, scratch.q);
+  load_tile<Isa, T>(params.dout, query.rows, head_dim, scratch.dout);
+  gemm<Isa, AOrder::kRowMajor, Update::kSet>({rows, keys, head_dim}, scratch.q, scratch.k_t,
+                                             scratch.p);
+  gemm<Isa, AOrder::kRowMajor, Update::kSet>({rows, keys, head_dim}, scratch.dout, scratch.v_t,
+                                             scratch.ds);
+  score_gradients<Isa>(scratch, query, keys, key_rows.begin, params.softmax_scale, visible);
+  gemm<Isa, AOrder::kTransposed, Update::kAdd>({keys, head_dim, rows}, scratch.p, scratch.dout,
+                                               scratch.dv);
+  gemm<Isa, AOrder::kTransposed, Update::kAdd>({keys, head_dim, rows}, scratch.ds, scratch.q,
+                                               scratch.dk);
+}
+
+/// dk and dv of one key tile of one key head, summed over its query heads; adds to dq in turn.
+template <class Isa, class T>
+void backward_tile(BackwardParams const& params, Tile tile, float* scratch_base,
+                   DqSum const& dq_sum, DqTurns& turns) {
+  Shape const& shape = params.shape;
+  int const head_dim = shape.head_dim;
+  ScratchArena arena(scratch_base);
+  BackwardScratch const scratch(arena, head_dim);
+
+  int const n_begin = tile.block * kTileN;
+  int const batch = tile.batch_head / shape.num_heads_k;
+  int const head_k = tile.batch_head % shape.num_heads_k;
+  RowRange const key_rows = {batch, head_k, n_begin, imin(kTileN, shape.seqlen_k - n_begin)};
+  load_tile<Isa, T>(params.v, key_rows, head_dim, scratch.k);
+  transpose<Isa>(scratch.k, key_rows.count, head_dim, scratch.v_t);
+  load_tile<Isa, T>(params.k, key_rows, head_dim, scratch.k);
+  transpose<Isa>(scratch.k, key_rows.count, head_dim, scratch.k_t);
+  fill_zero<Isa>(scratch.dk, round_up(key_rows.count, kMicroRows));
+  fill_zero<Isa>(scratch.dv, round_up(key_rows.count, kMicroRows));
+
+  TileGrid const grid = {kTileM, kTileN, shape.seqlen_q, shape.seqlen_k, params.mask};
+  BlockRange const blocks = m_block_range(grid, tile.block);
+  BlockRange const full = full_m_block_range(grid, tile.block);
+  int const group_size = shape.query_heads_per_key_head();
+  for (int group_idx = 0; group_idx < group_size; ++group_idx) {
+    int const head = head_k * group_size + group_idx;
+    for (int m_block = blocks.min; m_block < blocks.max; ++m_block) {
+      QueryRows const query = query_rows<Isa>(params, batch, head, m_block);
+      bool const is_full = full.min <= m_block && m_block < full.max;
+      VisibleKeys visible;
+      for (int row = 0; !is_full && row < query.rows.count; ++row) {
+        KeyRange const keys =
+            visible_keys(params.mask, query.rows.begin + row, shape.seqlen_q, shape.seqlen_k);
+        visible.begin[row] = keys.begin;
+        visible.end[row] = keys.end;
+      }
+      backward_pair<Isa, T>(params, scratch, query, key_rows, is_full ? nullptr : &visible);
+      turns.wait(tile, group_idx, m_block);
+      gemm<Isa, AOrder::kRowMajor, Update::kAdd>({query.rows.count, head_dim, key_rows.count},
+                                                 scratch.ds, scratch.k, dq_sum.rows(query.rows));
+      turns.pass(tile, group_idx, m_block + 1);
+    }
+    turns.pass(tile, group_idx + 1, 0);
+  }
+  store_tile<Isa, T>(scratch.dk, params.softmax_scale, params.dk, key_rows, head_dim);
+  store_tile<Isa, T>(scratch.dv, 1.0f, params.dv, key_rows, head_dim);
+}
+
+/// softmax_d of one query tile, zeros in its padding, and zeros in the tile's dq sum.
+template <class Isa, class T>
+void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
+                  DqSum const& dq_sum) {
+  Shape const& shape = params.shape;
+  float* const out_row = scratch_base;
+  float* const dout_row = scratch_base + leading_dim(shape.head_dim);
+  int const head = tile.batch_head % shape.num_heads;
+  QueryRows const query =
+      query_rows<Isa>(params, tile.batch_head / shape.num_heads, head, tile.block);
+  RowRange const& rows = query.rows;
+  float* const softmax_d = params.softmax_d + (query.softmax_d - params.softmax_d);
+  float const* const dlse =
+      params.dlse == nullptr ? nullptr : params.dlse + (query.lse - params.softmax_lse);
+  for (int row = 0; row < rows.count; ++row) {
+    load_row<Isa>(row_pointer<T const>(params.out, rows, row), shape.head_dim, out_row);
+    load_row<Isa>(row_pointer<T const>(params.dout, rows, row), shape.head_dim, dout_row);
+    // In the order of the product dP = dO V^T: where a row attends to one key, dP - D is exactly 0.
+    float sum = 0.0f;
+    for (int c = 0; c < shape.head_dim; ++c) {
+      sum = Isa::fma(out_row[c], dout_row[c], sum);
+    }
+    softmax_d[row] = dlse == nullptr ? sum : sum - dlse[row];
+  }
+  bool const is_last = rows.begin + rows.count == shape.seqlen_q;
+  int const padding = is_last ? softmax_d_stride(shape) - shape.seqlen_q : 0;
+  std::memset(softmax_d + rows.count, 0, sizeof(float) * padding);
+  fill_zero<Isa>(dq_sum.rows(rows), round_up(rows.count, kMicroRows));
+}
+
+/// The finished dq of one query tile, scaled and rounded to the input dtype.
+template <class Isa, class T>
+void store_dq(BackwardParams const& params, Tile tile, DqSum const& dq_sum) {
+  Shape const& shape = params.shape;
+  int const head = tile.batch_head % shape.num_heads;
+  RowRange const rows =
+      query_rows<Isa>(params, tile.batch_head / shape.num_heads, head, tile.block).rows;
+  store_tile<Isa, T>(dq_sum.rows(rows), params.softmax_scale, params.dq, rows, shape.head_dim);
+}
+
+}  // namespace flash::cpu

@@ -1,0 +1,113 @@
+// Tile sizes, padding rules and the scratch memory of one thread, stated once for both passes.
+#pragma once
+
+#include "params.h"
+
+namespace flash::cpu {
+
+/// Query rows and keys of one score tile. Multiples of kMicroRows and of kPanelCols, because either
+/// side of a tile is the row side of one product and the column side of another.
+inline constexpr int kTileM = 96;
+inline constexpr int kTileN = 96;
+
+/// The register block of the matrix products: rows, and the columns that every instruction set's
+/// block width divides.
+inline constexpr int kMicroRows = 6;
+inline constexpr int kPanelCols = 16;
+
+static_assert(kTileM % kMicroRows == 0 && kTileM % kPanelCols == 0);
+static_assert(kTileN % kMicroRows == 0 && kTileN % kPanelCols == 0);
+
+/// Floats from one row of a scratch matrix to the next: whole column panels, and an odd number of
+/// 64-byte lines so that a column of rows spreads over all cache sets.
+FLASH_HD constexpr int leading_dim(int cols) {
+  int const panels = ceil_div(cols, kPanelCols);
+  return (panels | 1) * kPanelCols;
+}
+
+inline constexpr int kScoreStride = leading_dim(imax(kTileM, kTileN));
+
+/// Which (batch, head) plane of a tensor, and which of its rows.
+struct RowRange {
+  int batch;
+  int head;
+  int begin;
+  int count;
+};
+
+/// A row-major fp32 matrix in scratch memory.
+struct Matrix {
+  float* data;
+  int stride;
+};
+
+/// Cuts one allocation into matrices. With a null base it only counts.
+class ScratchArena {
+ public:
+  explicit ScratchArena(float* base) : base_(base) {}
+
+  Matrix matrix(int rows, int cols) {
+    int const stride = leading_dim(cols);
+    return {floats(int64_t(rows) * stride), stride};
+  }
+
+  float* floats(int64_t count) {
+    float* const begin = base_ == nullptr ? nullptr : base_ + used_;
+    used_ += (count + kPanelCols - 1) / kPanelCols * kPanelCols;
+    return begin;
+  }
+
+  int64_t used() const { return used_; }
+
+ private:
+  float* base_;
+  int64_t used_ = 0;
+};
+
+/// Keys that each query row of a tile attends to, as parallel arrays for vector loads.
+struct VisibleKeys {
+  int32_t begin[kTileM];
+  int32_t end[kTileM];
+};
+
+/// Scratch of a forward task. Scores are held transposed, keys x rows: the softmax then runs along
+/// vector lanes without horizontal reductions, and K and V enter the products as they lie in
+/// memory.
+struct ForwardScratch {
+  ForwardScratch(ScratchArena& arena, int head_dim)
+      : q_t(arena.matrix(head_dim, kTileM)),
+        k(arena.matrix(kTileN, head_dim)),
+        v(arena.matrix(kTileN, head_dim)),
+        scores_t(arena.matrix(kTileN, kTileM)),
+        out(arena.matrix(kTileM, head_dim)),
+        row_max(arena.floats(kTileM)),
+        row_sum(arena.floats(kTileM)),
+        rescale(arena.floats(kTileM)) {}
+
+  Matrix q_t, k, v, scores_t, out;
+  float* row_max;  // log2 domain
+  float* row_sum;
+  float* rescale;  // factor of the previous out and row_sum after the current key tile
+};
+
+/// Scratch of a backward task. K and V are transposed once for all the query tiles of the task, so
+/// that Q and dO enter all five products as they lie in memory.
+struct BackwardScratch {
+  BackwardScratch(ScratchArena& arena, int head_dim)
+      : k(arena.matrix(kTileN, head_dim)),
+        k_t(arena.matrix(head_dim, kTileN)),
+        v_t(arena.matrix(head_dim, kTileN)),
+        q(arena.matrix(kTileM, head_dim)),
+        dout(arena.matrix(kTileM, head_dim)),
+        p(arena.matrix(kTileM, kTileN)),
+        ds(arena.matrix(kTileM, kTileN)),
+        dk(arena.matrix(kTileN, head_dim)),
+        dv(arena.matrix(kTileN, head_dim)) {}
+
+  Matrix k, k_t, v_t, q, dout;
+  Matrix p;   // scores, then P
+  Matrix ds;  // dP, then dS
+  Matrix dk, dv;
+};
+
+}  // namespace flash::cpu
