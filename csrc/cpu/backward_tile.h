@@ -158,7 +158,7 @@ void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
     // In the order of the product dP = dO V^T: where a row attends to one key, dP - D is exactly 0.
     float sum = 0.0f;
     for (int c = 0; c < shape.head_dim; ++c) {
-      sum = Isa::fma(out_row[c], dout_row[c], sum);
+      sum = Isa::scalar_fma(out_row[c], dout_row[c], sum);
     }
     softmax_d[row] = dlse == nullptr ? sum : sum - dlse[row];
   }

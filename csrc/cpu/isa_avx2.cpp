@@ -40,7 +40,7 @@ struct Avx2 : VectorOps<8> {
     return _mm256_fmadd_ps(a, b, c);
   }
   [[gnu::always_inline]]
-  static float fma(float a, float b, float c) {
+  static float scalar_fma(float a, float b, float c) {
     return __builtin_fmaf(a, b, c);
   }
   [[gnu::always_inline]]

@@ -12,7 +12,7 @@ struct Portable : VectorOps<4> {
             __builtin_fmaf(a[2], b[2], c[2]), __builtin_fmaf(a[3], b[3], c[3])};
   }
   [[gnu::always_inline]]
-  static float fma(float a, float b, float c) {
+  static float scalar_fma(float a, float b, float c) {
     return __builtin_fmaf(a, b, c);
   }
 #endif

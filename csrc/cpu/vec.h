@@ -99,13 +99,13 @@ struct VectorOps {
     std::memcpy(to, &result, sizeof(result));
   }
 
-  /// Vectors and scalars round alike: both fused, or both not.
+  /// fma and scalar_fma round alike: both fused, or both not.
   [[gnu::always_inline]]
   static Float fma(Float a, Float b, Float c) {
     return a * b + c;
   }
   [[gnu::always_inline]]
-  static float fma(float a, float b, float c) {
+  static float scalar_fma(float a, float b, float c) {
     return a * b + c;
   }
 
