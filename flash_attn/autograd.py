@@ -1,0 +1,123 @@
+"""Differentiable attention over the ops: one Function for separate and packed tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
+
+from flash_attn import ops
+
+_HEAD_DIM_STEP = 8  # CUDA kernels read rows of whole 16-byte pieces
+
+
+def unpack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views of (q, k, v), (q, kv) or (qkv,)."""
+    if len(tensors) == 3:
+        q, k, v = tensors
+    elif len(tensors) == 2:
+        q = tensors[0]
+        k, v = tensors[1].unbind(2)
+    else:
+        q, k, v = tensors[0].unbind(2)
+    return q, k, v
+
+
+class Attention(torch.autograd.Function):
+    """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), all of them differentiable.
+
+    Gradients have the packing of the inputs and are written there directly.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        softmax_scale: float,
+        window_left: int,
+        window_right: int,
+        deterministic: bool,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        out, softmax_lse = ops.forward(*unpack(tensors), softmax_scale, window_left, window_right)
+        ctx.save_for_backward(*tensors, out, softmax_lse)
+        ctx.set_materialize_grads(False)
+        ctx.options = (softmax_scale, window_left, window_right, deterministic)
+        return out, softmax_lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+        *inputs, out, softmax_lse = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * (4 + len(inputs))
+        if dout is None:
+            dout = torch.zeros_like(out)
+        tensors = tuple(inputs)
+        grads = tuple(torch.empty_like(tensor) for tensor in tensors)
+        ops.backward(dout, *unpack(tensors), out, softmax_lse, dlse, *unpack(grads), *ctx.options)
+        return (None, None, None, None, *grads)
+
+
+def autocast_inputs(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The tensors in autocast's dtype, as torch treats the inputs of a matrix product."""
+    device_type = tensors[0].device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
+def _reject_transforms(tensors: tuple[Tensor, ...]) -> None:
+    """Transforms that would otherwise be ignored, or fail in the words of torch's internals."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "flash_attn: torch.func transforms (vmap, grad, jvp, ...) are not supported; expected "
+            "a call outside of them. Use torch.autograd for gradients and the batch dimension "
+            "instead of vmap."
+        )
+    if forward_ad._current_level >= 0 and any(
+        forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]
+        for tensor in tensors
+    ):
+        raise NotImplementedError(
+            "flash_attn: forward-mode automatic differentiation is not supported; expected "
+            "tensors without tangents"
+        )
+
+
+def attention(
+    tensors: tuple[Tensor, ...],
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """out and softmax_lse of checked (q, k, v), (q, kv) or (qkv,)."""
+    if not torch.compiler.is_compiling():
+        _reject_transforms(tensors)
+    if softmax_scale <= 0.0:
+        # The kernels scale the running maximum: that takes a positive factor. Fold the sign into q.
+        q, k, v = unpack(tensors)
+        tensors = (-q, k, v) if softmax_scale < 0.0 else (q * 0, k, v)
+        softmax_scale = -softmax_scale or 1.0
+    q = tensors[0]
+    head_dim = q.shape[-1]
+    if q.is_cuda and not ops.cuda_archs:
+        ops.raise_no_cuda_backend()
+    padding = -head_dim % _HEAD_DIM_STEP if q.is_cuda else 0
+    if padding:
+        tensors = tuple(pad(tensor, (0, padding)) for tensor in tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        out, softmax_lse = Attention.apply(  # type: ignore[no-untyped-call]
+            softmax_scale, window_left, window_right, deterministic, *tensors
+        )
+    else:
+        out, softmax_lse = ops.forward(*unpack(tensors), softmax_scale, window_left, window_right)
+    return out[..., :head_dim] if padding else out, softmax_lse

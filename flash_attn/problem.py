@@ -1,0 +1,147 @@
+"""Checks of a call's arguments: every error names the argument, what was expected and what came.
+
+These run on every call, so they read each property once and build texts only to raise them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from typing import NoReturn, SupportsIndex
+
+import torch
+from torch import Tensor
+
+MAX_HEAD_DIM = 256
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CUDA_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _reject(name: str, expected: str, got: object) -> NoReturn:
+    raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_are_tensors(**arguments: object) -> None:
+    for name, argument in arguments.items():
+        if not isinstance(argument, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(argument).__name__}")
+
+
+def check_tensor(name: str, tensor: Tensor, layout: str, rank: int) -> torch.Size:
+    """Rank, head_dim and contiguous rows of one tensor. Returns its shape."""
+    shape = tensor.shape
+    if len(shape) != rank:
+        _reject(name, f"shape {layout}", tuple(shape))
+    head_dim = shape[-1]
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        _reject(name, f"head_dim from 1 to {MAX_HEAD_DIM}", head_dim)
+    if tensor.stride(-1) != 1 and head_dim > 1:
+        _reject(
+            name,
+            "a contiguous last dimension (stride 1; tensor.contiguous() makes one)",
+            f"stride {tensor.stride(-1)}",
+        )
+    return shape
+
+
+def check_kind(name: str, tensor: Tensor) -> None:
+    """dtype and device that a backend exists for."""
+    dtype = tensor.dtype
+    if tensor.is_cuda:
+        if dtype not in _CUDA_DTYPES:
+            _reject(
+                name,
+                "dtype torch.bfloat16 or torch.float16 on CUDA (cast it, or call under "
+                "torch.autocast)",
+                dtype,
+            )
+    elif tensor.is_cpu or tensor.is_meta:
+        if dtype not in _CPU_DTYPES:
+            _reject(name, "dtype torch.float32, torch.bfloat16 or torch.float16", dtype)
+    else:
+        _reject(name, "a CPU or CUDA tensor", f"device {tensor.device}")
+
+
+def check_same_kind(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.dtype != q.dtype:
+        _reject(name, f"the dtype of q ({q.dtype})", tensor.dtype)
+    if tensor.device != q.device:
+        _reject(name, f"the device of q ({q.device})", tensor.device)
+
+
+def check_sizes(name: str, q: Sequence[int], batch_size: int, heads: int, head_dim: int) -> None:
+    """Keys of the given sizes fit queries of shape q."""
+    if batch_size != q[0]:
+        _reject(name, f"the batch size of q ({q[0]})", batch_size)
+    if head_dim != q[3]:
+        _reject(name, f"the head_dim of q ({q[3]})", head_dim)
+    if heads == 0 or q[2] == 0 or q[2] % heads != 0:
+        _reject("q", f"a number of heads that is a multiple of the {heads} heads of {name}", q[2])
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    q_shape = check_tensor("q", q, "(batch, seqlen_q, heads, head_dim)", 4)
+    k_shape = check_tensor("k", k, "(batch, seqlen_k, heads_k, head_dim)", 4)
+    v_shape = check_tensor("v", v, "(batch, seqlen_k, heads_k, head_dim)", 4)
+    check_kind("q", q)
+    check_same_kind("k", k, q)
+    check_same_kind("v", v, q)
+    check_sizes("k", q_shape, k_shape[0], k_shape[2], k_shape[3])
+    if v_shape != k_shape:
+        _reject("v", f"the shape of k {tuple(k_shape)}", tuple(v_shape))
+
+
+def check_kvpacked(q: Tensor, kv: Tensor) -> None:
+    q_shape = check_tensor("q", q, "(batch, seqlen_q, heads, head_dim)", 4)
+    kv_shape = check_tensor("kv", kv, "(batch, seqlen_k, 2, heads_k, head_dim)", 5)
+    check_kind("q", q)
+    check_same_kind("kv", kv, q)
+    if kv_shape[2] != 2:
+        _reject("kv", "shape (batch, seqlen_k, 2, heads_k, head_dim)", tuple(kv_shape))
+    check_sizes("kv", q_shape, kv_shape[0], kv_shape[3], kv_shape[4])
+
+
+def check_qkvpacked(qkv: Tensor) -> None:
+    shape = check_tensor("qkv", qkv, "(batch, seqlen, 3, heads, head_dim)", 5)
+    check_kind("qkv", qkv)
+    if shape[2] != 3 or shape[3] == 0:
+        _reject("qkv", "shape (batch, seqlen, 3, heads, head_dim)", tuple(shape))
+
+
+def reject_unsupported(dropout_p: float, softcap: float, alibi_slopes: Tensor | None) -> None:
+    """Options of the signature that no backend has yet must not be ignored."""
+    if dropout_p != 0.0:
+        raise NotImplementedError(f"dropout_p: expected 0.0, got {dropout_p}: not available yet")
+    if softcap != 0.0:
+        raise NotImplementedError(f"softcap: expected 0.0, got {softcap}: not available yet")
+    if alibi_slopes is not None:
+        raise NotImplementedError(
+            f"alibi_slopes: expected None, got {type(alibi_slopes).__name__}: not available yet"
+        )
+
+
+def scale_of(softmax_scale: float | None, head_dim: int) -> float:
+    """The factor of q k^T; by default 1 / sqrt(head_dim)."""
+    if softmax_scale is None:
+        return float(head_dim**-0.5)
+    scale = float(softmax_scale)
+    if not math.isfinite(scale):
+        _reject("softmax_scale", "a finite number or None", scale)
+    return scale
+
+
+def _window_bound(bound: SupportsIndex) -> int:
+    number = operator.index(bound)
+    if number < -1:
+        _reject("window_size", "two integers, each -1 (unbounded) or more", number)
+    return number
+
+
+def window_of(causal: bool, window_size: Sequence[SupportsIndex]) -> tuple[int, int]:
+    """(window_left, window_right) of the mask, -1 for unbounded. Elements may be 0-d tensors."""
+    if len(window_size) != 2:
+        _reject("window_size", "two integers", window_size)
+    left = _window_bound(window_size[0])
+    right = _window_bound(window_size[1])
+    return left, 0 if causal else right
