@@ -55,13 +55,14 @@ def fill_in(
     extension.library_dirs = list(torch_lib)
     extension.libraries = ["torch", "torch_cpu", "c10"]
     extension.extra_link_args = ["-Wl,--exclude-libs,ALL"]
-    cxx_flags = [*build_plan.CXX_FLAGS, *isystem(torch_include)]
+    cxx_flags = [*build_plan.CXX_FLAGS, "-fvisibility=hidden", *isystem(torch_include)]
     nvcc_flags: list[str] = []
     if plan.cuda_home:
         cxx_flags += isystem([str(plan.cuda_home / "include")])
         archs = ",".join(map(str, plan.archs))
         cutlass_include = isystem([str(cutlass.find_include_dir())])
         nvcc_flags = [*build_plan.NVCC_FLAGS, f"--cuda-archs={archs}", *cutlass_include]
+        nvcc_flags += ["-Xcompiler=-fvisibility=hidden"]
         extension.library_dirs += [str(plan.cuda_home / "lib64")]
         extension.libraries += ["cudart_static", "dl", "rt"]
     extension.extra_compile_args = {"cxx": cxx_flags, "nvcc": nvcc_flags}

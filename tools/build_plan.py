@@ -1,7 +1,7 @@
 """What a build compiles: CUDA architectures, sources, compiler flags, parallel jobs.
 
-Used by setup.py, by the nvcc gate and by the Makefile's targets. Standard library only: it runs
-before torch is installed.
+Used by setup.py, CMakeLists.txt and the nvcc gate. Standard library only: it runs before torch is
+installed.
 """
 
 from __future__ import annotations
@@ -204,7 +204,6 @@ CXX_FLAGS = [
     "-DNDEBUG",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fvisibility=hidden",
     "-pthread",
     "-Wall",
     "-Wextra",
@@ -218,7 +217,7 @@ NVCC_FLAGS = [
     "-DNDEBUG",
     "--expt-relaxed-constexpr",
     "--compress-mode=size",
-    "-Xcompiler=-fvisibility=hidden,-Wall,-Wextra,-Werror",
+    "-Xcompiler=-Wall,-Wextra,-Werror",
     "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error",
 ]
 

@@ -1,0 +1,62 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "config/select.h"
+#include "host/bindings.h"
+
+namespace py = pybind11;
+
+namespace flash::host {
+namespace {
+
+/// What forward and backward rows have in common.
+template <class Config>
+py::class_<Config> bind_row(py::module_& module, char const* name) {
+  return py::class_<Config>(module, name)
+      .def_property_readonly("name", [](Config const& row) { return std::string(row.name().text); })
+      .def_readonly("arch", &Config::arch)
+      .def_readonly("dtype", &Config::dtype)
+      .def_readonly("head_dim", &Config::head_dim)
+      .def_readonly("tile_m", &Config::tile_m)
+      .def_readonly("tile_n", &Config::tile_n)
+      .def_readonly("num_warps", &Config::num_warps)
+      .def_readonly("num_stages", &Config::num_stages)
+      .def_readonly("blocks_per_sm", &Config::blocks_per_sm)
+      .def_property_readonly("num_threads", &Config::num_threads)
+      .def_property_readonly("smem_bytes", &Config::smem_bytes)
+      .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
+}
+
+template <class Config>
+void bind_selection(py::module_& module, char const* name) {
+  py::class_<Selection<Config>>(module, name)
+      .def_readonly("row", &Selection<Config>::row)
+      .def_readonly("found", &Selection<Config>::found)
+      .def_readonly("why_not", &Selection<Config>::why_not);
+}
+
+}  // namespace
+
+void bind_config(py::module_& module) {
+  py::enum_<DType>(module, "DType")
+      .value("fp16", DType::kFp16)
+      .value("bf16", DType::kBf16)
+      .value("fp32", DType::kFp32);
+  bind_row<ForwardConfig>(module, "ForwardConfig")
+      .def_readonly("q_in_registers", &ForwardConfig::q_in_registers);
+  bind_row<BackwardConfig>(module, "BackwardConfig")
+      .def_readonly("warps_m_s", &BackwardConfig::warps_m_s)
+      .def_readonly("warps_n_dkv", &BackwardConfig::warps_n_dkv)
+      .def_readonly("warps_m_dq", &BackwardConfig::warps_m_dq);
+  bind_selection<ForwardConfig>(module, "ForwardSelection");
+  bind_selection<BackwardConfig>(module, "BackwardSelection");
+  py::class_<KernelRequest>(module, "KernelRequest")
+      .def(py::init<int, DType, int, int>(), py::arg("compute_capability"), py::arg("dtype"),
+           py::arg("head_dim"), py::arg("smem_bytes"));
+  module.def("forward_rows", forward_rows);
+  module.def("backward_rows", backward_rows);
+  module.def("select_forward", select_forward);
+  module.def("select_backward", select_backward);
+}
+
+}  // namespace flash::host

@@ -1,0 +1,168 @@
+"""Brute force of csrc/arith through flash_attn_host: masks, tile ranges, tile order, Philox."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+INT_MAX = 2**31 - 1
+BOUNDS = (-1, 0, 1, 6, 70, 1000, INT_MAX)
+SEQLENS = (0, 1, 2, 5, 31, 64, 65, 130)
+TILES = ((1, 1), (3, 2), (16, 16), (32, 64), (64, 32), (128, 128))
+
+
+@pytest.fixture(scope="module")
+def host() -> ModuleType:
+    """Built by `make host`."""
+    return importlib.import_module("flash_attn_host")
+
+
+def visible(left: int, right: int, seqlen_q: int, seqlen_k: int) -> np.ndarray:
+    """The mask rule in its own words: a band around the bottom-right diagonal."""
+    row = np.arange(seqlen_q, dtype=np.int64)[:, None]
+    key = np.arange(seqlen_k, dtype=np.int64)[None, :]
+    distance = key - (row + seqlen_k - seqlen_q)
+    below = distance >= -left if left >= 0 else np.full(distance.shape, True)
+    above = distance <= right if right >= 0 else np.full(distance.shape, True)
+    return below & above
+
+
+def tiles(matrix: np.ndarray, tile_m: int, tile_n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Per tile: some pair visible; every pair visible, where keys outside the matrix are not."""
+    seqlen_q, seqlen_k = matrix.shape
+    rows, cols = -(-seqlen_q // tile_m), -(-seqlen_k // tile_n)
+    some = np.zeros((rows * tile_m, cols * tile_n), dtype=bool)
+    some[:seqlen_q, :seqlen_k] = matrix
+    every = some.copy()
+    every[seqlen_q:] = True  # rows that don't exist need no mask
+    shape = (rows, tile_m, cols, tile_n)
+    return some.reshape(shape).any(axis=(1, 3)), every.reshape(shape).all(axis=(1, 3))
+
+
+def hull(flags: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Half-open range of the true flags of each line; max == min where there are none."""
+    begin = flags.argmax(axis=1)
+    end = flags.shape[1] - flags[:, ::-1].argmax(axis=1)
+    return begin, np.where(flags.any(axis=1), end, begin)
+
+
+def check_ranges(flags: np.ndarray, ranges: np.ndarray, what: str) -> None:
+    """The range holds every flagged tile and nothing else; an empty range is any min == max."""
+    begin, end = hull(flags) if flags.shape[1] else (np.zeros(len(flags)), np.zeros(len(flags)))
+    assert (flags.sum(axis=1) == end - begin).all(), f"{what}: flagged tiles are not contiguous"
+    assert (ranges[:, 0] <= ranges[:, 1]).all(), f"{what}: max < min in {ranges}"
+    empty = begin == end
+    assert (ranges[empty, 0] == ranges[empty, 1]).all(), f"{what}: {ranges} visits hidden tiles"
+    expected = np.stack([begin, end], axis=1)[~empty]
+    assert (ranges[~empty] == expected).all(), f"{what}: expected {expected}, got {ranges[~empty]}"
+
+
+@pytest.mark.parametrize("left", BOUNDS)
+@pytest.mark.parametrize("right", BOUNDS)
+def test_tile_ranges_match_the_mask_rule(host: ModuleType, left: int, right: int) -> None:
+    mask = host.Mask(left, right)
+    for seqlen_q, seqlen_k in itertools.product(SEQLENS, SEQLENS):
+        matrix = visible(left, right, seqlen_q, seqlen_k)
+        case = f"window ({left}, {right}), seqlens {seqlen_q} x {seqlen_k}"
+        assert (host.attends_matrix(mask, seqlen_q, seqlen_k) == matrix).all(), case
+        for tile_m, tile_n in TILES:
+            grid = host.TileGrid(tile_m, tile_n, seqlen_q, seqlen_k, mask)
+            what = f"{case}, tile {tile_m} x {tile_n}"
+            some, full_n = tiles(matrix, tile_m, tile_n)
+            _, full_m = tiles(matrix.T, tile_n, tile_m)
+            assert some.shape == (grid.num_m_blocks(), grid.num_n_blocks())
+            check_ranges(some, host.n_block_ranges(grid), f"n_block_range, {what}")
+            check_ranges(some.T, host.m_block_ranges(grid), f"m_block_range, {what}")
+            check_ranges(full_n, host.full_n_block_ranges(grid), f"full_n_block_range, {what}")
+            check_ranges(full_m, host.full_m_block_ranges(grid), f"full_m_block_range, {what}")
+
+
+@pytest.mark.parametrize("left", BOUNDS)
+@pytest.mark.parametrize("right", BOUNDS)
+def test_full_tiles_lie_inside_the_visited_ones(host: ModuleType, left: int, right: int) -> None:
+    mask = host.Mask(left, right)
+    for seqlen_q, seqlen_k in itertools.product(SEQLENS, SEQLENS):
+        for tile_m, tile_n in TILES:
+            grid = host.TileGrid(tile_m, tile_n, seqlen_q, seqlen_k, mask)
+            what = f"window ({left}, {right}), {seqlen_q} x {seqlen_k}, tile {tile_m} x {tile_n}"
+            for visited, full in (
+                (host.n_block_ranges(grid), host.full_n_block_ranges(grid)),
+                (host.m_block_ranges(grid), host.full_m_block_ranges(grid)),
+            ):
+                inside = (visited[:, 0] <= full[:, 0]) & (full[:, 1] <= visited[:, 1])
+                assert inside.all(), f"{what}: full {full[~inside]}, visited {visited[~inside]}"
+
+
+# Known answers of Philox4x32-10, from the Random123 distribution: counter, key, bits.
+PHILOX_VECTORS = (
+    (
+        (0x00000000, 0x00000000, 0x00000000, 0x00000000),
+        (0x00000000, 0x00000000),
+        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+    ),
+    (
+        (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+    ),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+)
+
+
+@pytest.mark.parametrize(("counter", "key", "bits"), PHILOX_VECTORS)
+def test_philox_gives_the_published_answers(
+    host: ModuleType, counter: tuple[int, ...], key: tuple[int, ...], bits: tuple[int, ...]
+) -> None:
+    assert host.philox4x32_10(*counter, *key) == bits
+
+
+ORDERS = tuple(itertools.product((1, 2, 7), (1, 3, 8), (1, 2, 3, 8), (False, True)))
+
+
+@pytest.mark.parametrize(("num_blocks", "num_batch_heads", "heads", "descending"), ORDERS)
+def test_tile_order_is_a_permutation_longest_first(
+    host: ModuleType, num_blocks: int, num_batch_heads: int, heads: int, descending: bool
+) -> None:
+    table = host.TileOrder(num_blocks, num_batch_heads, heads, descending).table()
+    every_tile = set(itertools.product(range(num_blocks), range(num_batch_heads)))
+    assert len(table) == len(every_tile)
+    assert {tuple(row) for row in table.tolist()} == every_tile
+    sections = table[:, 1] // heads
+    assert (np.diff(sections) >= 0).all(), "a section ends before the next one starts"
+    for section in np.unique(sections):
+        blocks = table[sections == section, 0]
+        steps = np.diff(blocks)
+        assert (steps <= 0).all() if descending else (steps >= 0).all()
+        longest = num_blocks - 1 if descending else 0
+        assert blocks[0] == longest
+
+
+def test_descending_order_starts_with_the_longest_causal_tiles(host: ModuleType) -> None:
+    grid = host.TileGrid(64, 32, 1000, 1000, host.Mask(-1, 0))
+    ranges = host.n_block_ranges(grid)
+    work = ranges[:, 1] - ranges[:, 0]
+    table = host.TileOrder(len(ranges), 4, 4, True).table()
+    assert (np.diff(work[table[:, 0]]) <= 0).all()
+    assert work[table[0, 0]] == work.max() > work.min()
+
+
+def test_heads_per_section_fills_the_budget(host: ModuleType) -> None:
+    assert host.heads_per_section(100, 250, 8) == 2
+    assert host.heads_per_section(100, 99, 8) == 1, "one head even where it doesn't fit"
+    assert host.heads_per_section(100, 10_000, 8) == 8, "no more heads than there are"
+    assert host.heads_per_section(0, 10_000, 8) == 8, "heads without keys cost nothing"
+    assert host.heads_per_section(2**40, 2**42, 8) == 4, "sizes past 32 bits"
+
+
+def test_rounding(host: ModuleType) -> None:
+    for value, unit in itertools.product(range(20), range(1, 9)):
+        assert host.ceil_div(value, unit) == -(-value // unit)
+        assert host.round_up(value, unit) == -(-value // unit) * unit
