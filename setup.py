@@ -36,6 +36,9 @@ class BuildModule(build_ext):
         fill_in(extension, plan, cpp_extension.include_paths(), cpp_extension.library_paths())
         if plan.archs:
             use_toolkit(plan)
+        # setuptools gives an editable install a temporary folder: keep the objects instead, so that
+        # every way of building compiles only what changed.
+        self.build_temp = str(ROOT / "build" / f"temp.{self.plat_name}-{sys.version_info.minor}")
         torch_build = cpp_extension.BuildExtension(self.distribution)
         vars(torch_build).update(vars(self))
         torch_build.force = True  # ninja decides what is out of date

@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_ARCH = 80  # Ampere: cp.async and bf16 mma.sync
+USUAL_CUDA_HOME = Path("/usr/local/cuda")
 GIB_PER_JOB = 3.0  # peak memory of one nvcc job
 
 
@@ -33,14 +34,14 @@ class Plan:
 
 
 def find_cuda_home(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Folder of the CUDA toolkit: CUDA_HOME, CUDA_PATH, else where the nvcc on PATH lives."""
+    """Folder of the CUDA toolkit: CUDA_HOME, CUDA_PATH, nvcc on PATH, else its usual place."""
     for name in ("CUDA_HOME", "CUDA_PATH"):
         home = environ.get(name)
         if home and Path(home, "bin", "nvcc").exists():
             return Path(home)
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc is None:
-        return None
+        return USUAL_CUDA_HOME if (USUAL_CUDA_HOME / "bin" / "nvcc").exists() else None
     # An nvcc on PATH may be a script that starts the real one: ask it where it runs from.
     dry_run = subprocess.run(
         [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull],

@@ -1,0 +1,76 @@
+# make demo   environment, build, the main job
+# make test   environment, build, CPU tests
+# The rest is for developers: CONTRIBUTING.md.
+#
+# Variables: PYTHON (3.10 or newer), VENV, TORCH (what pip installs), and those of the build:
+# FLASH_ATTN_CUDA_ARCHS, FLASH_ATTN_KERNELS, MAX_JOBS (setup.py says what they mean).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.10
+RUN := $(VENV)/bin/python
+TOOLS := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := build
+.PHONY: demo test test-gpu bench env build host kernels kernel-table check format wheel clean
+
+demo: build
+	$(RUN) examples/train_gpt.py
+
+test: build host
+	$(RUN) -m pytest -m "not gpu" tests
+
+test-gpu: build
+	$(RUN) -m pytest -m gpu tests
+
+bench: build
+	$(RUN) -m benchmarks
+
+env: $(READY)
+
+# The environment holds what building, testing, linting and the example need.
+$(READY): pyproject.toml tools/check_machine.py
+	$(PYTHON) tools/check_machine.py
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check "$(TORCH)" \
+	  "setuptools>=77" wheel ninja packaging
+	PATH="$(abspath $(TOOLS)):$$PATH" $(RUN) -m pip install --quiet \
+	  --disable-pip-version-check --no-build-isolation --editable ".[test,example,dev]"
+	touch $@
+
+# ninja and cmake come from the environment.
+build: $(READY)
+	PATH="$(abspath $(TOOLS)):$$PATH" $(RUN) setup.py --quiet build_ext --inplace
+
+host: $(READY)
+	PATH="$(abspath $(TOOLS)):$$PATH" cmake -S . -B build/host -G Ninja --log-level=WARNING \
+	  -DPython_EXECUTABLE=$(abspath $(RUN)) -DFLASH_ATTN_CUDA_ARCHS=
+	PATH="$(abspath $(TOOLS)):$$PATH" cmake --build build/host --target flash_attn_host
+
+# Every kernel, for the architectures of the wheels; spills fail it.
+kernels:
+	FLASH_ATTN_CUDA_ARCHS="80;90" FLASH_ATTN_KERNELS= $(MAKE) --no-print-directory build kernel-table
+
+kernel-table: host
+	$(RUN) tools/kernel_table.py
+
+SOURCES_CPP = $(shell git ls-files -co --exclude-standard 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cuh' 'csrc/*.cu')
+
+check: $(READY)
+	$(TOOLS)/clang-format --dry-run -Werror $(SOURCES_CPP)
+	$(TOOLS)/ruff check .
+	$(TOOLS)/ruff format --check .
+	$(TOOLS)/mypy
+	$(RUN) tools/ratchets.py
+
+format: $(READY)
+	$(TOOLS)/clang-format -i $(SOURCES_CPP)
+	$(TOOLS)/ruff check --fix-only .
+	$(TOOLS)/ruff format .
+
+wheel: $(READY)
+	PATH="$(abspath $(TOOLS)):$$PATH" $(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist flash_attn.egg-info flash_attn/_C.abi3.so

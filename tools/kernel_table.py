@@ -1,0 +1,111 @@
+"""Prints registers, shared memory, spills and compile seconds of every kernel of the last build.
+
+Reads build/ptxas/*.json, which the nvcc gate writes, and the kernel tables through flash_attn_host.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "build" / "host"))
+
+HEADER = ("kernel", "tile", "arch", "regs", "smem KB", "spills", "ptxas s")
+# Fields of a row in the order that a demangled kernel name lists them.
+FIELDS = {
+    "Forward": (
+        *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "num_stages"),
+        *("q_in_registers", "blocks_per_sm"),
+    ),
+    "Backward": (
+        *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "warps_m_s"),
+        *("warps_n_dkv", "warps_m_dq", "num_stages", "blocks_per_sm"),
+    ),
+}
+CONFIG = re.compile(r"(Forward|Backward)Config\{([^{}]*)\}")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Values of "80, (flash::DType)1, 64, false"."""
+    words = (re.sub(r"\([^)]*\)", "", word).strip() for word in text.split(","))
+    return tuple(int({"true": "1", "false": "0"}.get(word, word)) for word in words)
+
+
+def row_of(name: str, host: Any) -> Any | None:
+    """The table's row that a kernel was compiled for; None for kernels without a row."""
+    config = CONFIG.search(name)
+    if config is None:
+        return None
+    kind, values = config[1], numbers(config[2])
+    rows = host.forward_rows() if kind == "Forward" else host.backward_rows()
+    for row in rows:
+        if tuple(int(getattr(row, field)) for field in FIELDS[kind]) == values:
+            return row
+    raise RuntimeError(
+        f"{name}: expected a row of the kernel tables, found none. Build flash_attn_host and the "
+        f"kernels from the same tables (make host, make kernels); FIELDS of {__file__} has to list "
+        f"the fields of {kind}Config in their order."
+    )
+
+
+def short_name(name: str) -> str:
+    """A kernel without its parameters, namespaces and the row among its template arguments."""
+    plain = CONFIG.sub("", name).replace("flash::sm80::", "").replace("flash::", "")
+    head = re.match(r"(?:void )?([\w:]+)(<[^()]*>)?", plain.replace("(anonymous namespace)::", ""))
+    return head[1] if head else name
+
+
+def lines_of(unit: dict[str, Any], host: Any) -> list[Sequence[str]]:
+    lines: list[Sequence[str]] = []
+    for kernel in unit["kernels"]:
+        name = kernel.get("name", kernel["symbol"])
+        row = row_of(name, host)
+        smem = kernel["static_smem"] + (row.smem_bytes if row else 0)
+        base = short_name(name)
+        lines.append(
+            (
+                f"{base} {row.head_dim} {row.dtype.name}" if row else base,
+                f"{row.tile_m}x{row.tile_n}" if row else "",
+                kernel["arch"],
+                str(kernel["registers"]),
+                f"{smem / 1024:.1f}",
+                str(kernel["spill_stores"] + kernel["spill_loads"]),
+                f"{kernel.get('ptxas_seconds', 0):.2f}",
+            )
+        )
+    return sorted(lines)
+
+
+def print_table(lines: list[Sequence[str]]) -> None:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        first, *rest = (cell for cell in zip(line, widths, strict=True))
+        cells = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+        print("  ".join(cells))
+
+
+def main() -> int:
+    files = sorted((ROOT / "build" / "ptxas").glob("*.json"))
+    if not files:
+        print('no kernels built: expected build/ptxas/*.json; run "make kernels" (needs nvcc)')
+        return 1
+    import flash_attn_host as host
+
+    units = [json.loads(file.read_text()) for file in files]
+    for unit in units:
+        unit["lines"] = lines_of(unit, host)
+    print_table([HEADER, *(line for unit in units for line in unit["lines"])])
+    print()
+    for unit in units:
+        print(f"{unit['unit']}: {len(unit['lines'])} kernels, {unit['seconds']:.1f} s")
+    print(f"{len(units)} units, {sum(unit['seconds'] for unit in units):.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
