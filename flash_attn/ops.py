@@ -45,8 +45,8 @@ load_error: str | None = _load()
 def _raise_not_loaded(*args: Any, **kwargs: Any) -> NoReturn:
     raise RuntimeError(
         "flash_attn: expected the compiled module flash_attn/_C.abi3.so, which could not be "
-        f"loaded: {load_error}. Build it with `pip install .` (needs a C++20 compiler and torch >= 2.10; "
-        "without a GPU or nvcc the CPU backend is built)."
+        f"loaded: {load_error}. Build it with `pip install .` (needs a C++20 compiler and "
+        "torch >= 2.10; without a GPU or nvcc the CPU backend is built)."
     )
 
 

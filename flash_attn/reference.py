@@ -50,9 +50,6 @@ def attention_reference(
     scores = scores.masked_fill(~visible, torch.finfo(dtype).min)
     probabilities = torch.softmax(scores, dim=-1).masked_fill(~visible, 0.0)
     out = (probabilities @ v).transpose(1, 2)
-    if k.shape[2] == 0:
-        softmax_lse = scores.new_full(scores.shape[:3], float("inf"))
-    else:
-        softmax_lse = torch.logsumexp(scores, dim=-1)
-        softmax_lse = softmax_lse.masked_fill(~visible.any(dim=-1), float("inf"))
+    softmax_lse = torch.logsumexp(scores, dim=-1)
+    softmax_lse = softmax_lse.masked_fill(~visible.any(dim=-1), float("inf"))
     return out, softmax_lse
