@@ -56,7 +56,7 @@ void score_gradients(BackwardScratch const& scratch, QueryRows const& query, int
     Float const softmax_d = Isa::broadcast(query.softmax_d[row]);
     for (int col = 0; col < keys; col += Isa::kWidth) {
       Float const exponent = Isa::fma(Isa::load(p_row + col), scale, -lse);
-      Float p = exp2<Isa>(exponent * Isa::broadcast(kLog2E));
+      Float p = exp2<Isa>(exponent * kLog2E);
       Float ds = p * (Isa::load(ds_row + col) - softmax_d);
       if (visible != nullptr) {
         Int const j = first_key + col;

@@ -42,8 +42,7 @@ void online_softmax(ForwardScratch const& scratch, int keys, int rows, float sof
     }
     Float const old_max = Isa::load(scratch.row_max + row);
     Float const new_max = Isa::max(tile_max * scale, old_max);
-    // A row without visible keys so far: any finite offset gives exp2(-inf) = 0, where -inf gives
-    // NaN.
+    // No visible key so far: any finite offset gives exp2(-inf) = 0, where -inf gives NaN.
     Float const offset = new_max == -kInfinity ? Float{} : new_max;
     Float sum = {};
     for (int key = 0; key < keys; ++key) {

@@ -66,6 +66,7 @@ inline void gemm_block(Matrix a, Matrix b, Matrix c, int depth, float const* row
 /// Rows and columns are rounded up to register blocks: A and C have rows, B and C columns to spare.
 /// The depth is exact. The column panel is the outer loop: one panel of B stays in the first cache.
 template <class Isa, AOrder kOrder, Update kUpdate>
+[[gnu::noinline]]
 void gemm(GemmShape const& shape, Matrix a, Matrix b, Matrix c, float const* row_scale = nullptr) {
   int64_t const a_row_step = kOrder == AOrder::kRowMajor ? a.stride : 1;
   for (int col = 0; col < shape.cols; col += 2 * Isa::kWidth) {
