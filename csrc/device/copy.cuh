@@ -1,0 +1,113 @@
+// Copies between global memory and swizzled shared-memory tiles, 16 bytes a lane.
+#pragma once
+
+#include "device/smem_tile.cuh"
+
+namespace flash {
+
+/// Starts an asynchronous 16-byte copy to shared memory; writes zeros where !valid.
+__device__ __forceinline__ void cp_async_16(uint32_t smem_address, void const* global, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(smem_address),
+               "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+/// Closes the group of copies started since the last call.
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/// Waits until at most kPending of this thread's groups are in flight.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
+  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
+}
+
+__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
+  uint4 chunk;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
+               : "r"(address)
+               : "memory");
+  return chunk;
+}
+
+/// The rows of one (batch, head) of a strided tensor.
+struct GlobalRows {
+  char* ptr;            // row 0, column 0
+  int64_t row_bytes;    // bytes from row to row
+  int num_rows;         // rows past these are not touched
+  int num_cols;         // columns past these are not touched; a multiple of 8
+
+  __device__ __forceinline__ GlobalRows(Strided const& tensor, int batch, int head, int num_rows,
+                                        int num_cols)
+      : ptr(static_cast<char*>(tensor.ptr) + tensor.offset(batch, head) * 2),
+        row_bytes(tensor.row_stride * 2),
+        num_rows(num_rows),
+        num_cols(num_cols) {}
+};
+
+/// How kThreads threads walk a tile: groups of eight (four) lanes share a row of a column block.
+template <class Tile, int kThreads>
+struct TileCopy {
+  static constexpr int kChunksPerRow = Tile::kBlockCols / 8;
+  static constexpr int kRowsPerPass = kThreads / kChunksPerRow;
+  static constexpr int kBlocks = Tile::kCols / Tile::kBlockCols;
+  static constexpr int kPasses = ceil_div(Tile::kRows, kRowsPerPass);
+
+  /// Starts copying tile rows [first_row, first_row + kRows) of `source`; zeros outside of it.
+  static __device__ __forceinline__ void load(uint32_t tile_address, GlobalRows const& source,
+                                              int first_row, int thread_idx) {
+    int const row = thread_idx / kChunksPerRow;
+    int const col = thread_idx % kChunksPerRow * 8;
+    static_assert(Tile::kRows % kRowsPerPass == 0 || kPasses == 1, "whole passes, or a part of one");
+    if (kRowsPerPass > Tile::kRows && row >= Tile::kRows) {
+      return;
+    }
+    char const* global = source.ptr + int64_t(first_row + row) * source.row_bytes + col * 2;
+    int64_t const pass_bytes = kRowsPerPass * source.row_bytes;
+    int const rows_left = source.num_rows - first_row - row;
+    uint32_t const address = tile_address + Tile::offset(row, col);
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        bool const valid =
+            pass * kRowsPerPass < rows_left && col + block * Tile::kBlockCols < source.num_cols;
+        cp_async_16(address + block * Tile::kBlockBytes + pass * kRowsPerPass * Tile::kRowBytes,
+                    global + block * Tile::kBlockCols * 2, valid);
+      }
+      global += pass_bytes;
+    }
+  }
+
+  /// Stores tile rows [tile_row, tile_row + kRows) to the same rows of `target` from first_row on, cut
+  /// to its extent.
+  template <int kRows = Tile::kRows>
+  static __device__ __forceinline__ void store(uint32_t tile_address, int tile_row,
+                                               GlobalRows const& target, int first_row,
+                                               int thread_idx) {
+    int const col = thread_idx % kChunksPerRow * 8;
+#pragma unroll
+    for (int first = 0; first < kRows; first += kRowsPerPass) {
+      int const row = tile_row + first + thread_idx / kChunksPerRow;
+      if (row >= tile_row + kRows || first_row + row >= target.num_rows) {
+        continue;
+      }
+      char* global = target.ptr + int64_t(first_row + row) * target.row_bytes + col * 2;
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        if (col + block * Tile::kBlockCols < target.num_cols) {
+          *reinterpret_cast<uint4*>(global + block * Tile::kBlockCols * 2) =
+              load_shared_16(tile_address + Tile::offset(row, col + block * Tile::kBlockCols));
+        }
+      }
+    }
+  }
+};
+
+}  // namespace flash

@@ -1,0 +1,52 @@
+// Host side of a kernel launch: shared-memory opt-in once a device, errors as exceptions.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+namespace flash {
+
+inline void check_cuda(cudaError_t status, char const* what) {
+  if (status != cudaSuccess) {
+    throw std::runtime_error(std::string("flash_attn: ") + what + ": " +
+                             cudaGetErrorString(status));
+  }
+}
+
+/// Lets kKernel use `smem_bytes` of dynamic shared memory on the current device. The attribute call
+/// costs about as much as a launch, so each device (of the first 64) is asked once.
+template <auto kKernel>
+void allow_shared_memory(int smem_bytes) {
+  static std::atomic<uint64_t> done{0};
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  uint64_t const bit = device < 64 ? uint64_t(1) << device : 0;
+  if ((done.load(std::memory_order_relaxed) & bit) == 0) {
+    check_cuda(
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
+        "shared memory opt-in");
+    done.fetch_or(bit, std::memory_order_relaxed);
+  }
+}
+
+/// Launches kKernel on a one-dimensional grid; an empty grid launches nothing.
+template <auto kKernel, class... Args>
+void launch(int64_t num_blocks, int num_threads, int smem_bytes, void* stream,
+            Args const&... args) {
+  if (num_blocks == 0) {
+    return;
+  }
+  if (num_blocks > INT32_MAX) {
+    throw std::runtime_error("flash_attn: the problem has " + std::to_string(num_blocks) +
+                             " tiles, at most 2147483647 fit one launch");
+  }
+  allow_shared_memory<kKernel>(smem_bytes);
+  kKernel<<<unsigned(num_blocks), num_threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(
+      args...);
+  check_cuda(cudaGetLastError(), "kernel launch");
+}
+
+}  // namespace flash

@@ -1,0 +1,324 @@
+// Backward attention of the sm80 family, main kernel: dk and dv of one key tile, and its share of dq.
+//
+// A thread block owns tile_n keys of one (batch, key head) and walks the visible query tiles of every
+// query head of the group, so dk and dv are summed in registers over the whole group: no atomics, equal
+// bits in every run. P is recomputed from softmax_lse. Per query tile:
+//
+//   wait Q, dO | S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - softmax_d) | P, dS to shared
+//   memory | barrier | dV += P^T dO, dQ = dS K (added to the fp32 sums in the workspace), dK += dS^T Q
+//
+// dq sums lie in the order of the accumulator fragments (DqSums), so that a warp adds whole lines.
+// Deterministic: thread blocks take their tiles from a ticket counter, and the key tiles add to a query
+// tile in ascending order. A block waits only for smaller tickets, which are running: no deadlock.
+// Design note: docs/sm80.md.
+#pragma once
+
+#include "arith/block_range.h"
+#include "arith/tile_order.h"
+#include "config/backward_config.h"
+#include "device/copy.cuh"
+#include "device/mma.cuh"
+#include "device/softmax.cuh"
+#include "sm80/backward_workspace.cuh"
+
+namespace flash::sm80 {
+
+template <BackwardConfig kConfig_>
+struct BackwardTraits {
+  static constexpr BackwardConfig kConfig = kConfig_;
+  static constexpr DType kDType = kConfig.dtype;
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kThreads = kConfig.num_threads();
+  static constexpr int kStages = kConfig.num_stages;
+  using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;        // Q and dO
+  using TileK = SmemTile<kConfig.tile_n, kHeadDim>;        // K and V
+  using TileS = SmemTile<kConfig.tile_m, kConfig.tile_n>;  // P and dS
+
+  // Warps over the pieces of S (and dP), of dK (and dV), and of dQ.
+  static constexpr int kWarpsMS = kConfig.warps_m_s, kWarpsNS = kConfig.num_warps / kWarpsMS;
+  static constexpr int kWarpsNDkv = kConfig.warps_n_dkv;
+  static constexpr int kWarpsDDkv = kConfig.num_warps / kWarpsNDkv;
+  static constexpr int kWarpsMDq = kConfig.warps_m_dq;
+  static constexpr int kWarpsDDq = kConfig.num_warps / kWarpsMDq;
+  static constexpr int kMS = kConfig.tile_m / 16 / kWarpsMS, kNS = kConfig.tile_n / 16 / kWarpsNS;
+  static constexpr int kNDkv = kConfig.tile_n / 16 / kWarpsNDkv;
+  static constexpr int kDDkv = kHeadDim / 16 / kWarpsDDkv;
+  static constexpr int kMDq = kConfig.tile_m / 16 / kWarpsMDq;
+  static constexpr int kDDq = kHeadDim / 16 / kWarpsDDq;
+  static_assert(kMS * kWarpsMS * 16 == kConfig.tile_m && kNS * kWarpsNS * 16 == kConfig.tile_n &&
+                    kNDkv * kWarpsNDkv * 16 == kConfig.tile_n && kDDkv * kWarpsDDkv * 16 == kHeadDim &&
+                    kMDq * kWarpsMDq * 16 == kConfig.tile_m && kDDq * kWarpsDDq * 16 == kHeadDim,
+                "every product's pieces divide over the warps");
+
+  static constexpr uint32_t kSmemK = 0;
+  static constexpr uint32_t kSmemV = kSmemK + TileK::kBytes;
+  static constexpr uint32_t kSmemQ = kSmemV + TileK::kBytes;  // kStages of Q, then kStages of dO
+  static constexpr uint32_t kSmemDO = kSmemQ + kStages * TileQ::kBytes;
+  static constexpr uint32_t kSmemP = kSmemDO + kStages * TileQ::kBytes;
+  static constexpr uint32_t kSmemDS = kSmemP + TileS::kBytes;
+  static_assert(kSmemDS + TileS::kBytes == uint32_t(kConfig.smem_bytes()), "table and kernel agree");
+};
+
+/// One visit of the walk: query tile m_block of query head `head`.
+struct QueryTile {
+  int head;
+  int m_block;
+};
+
+/// The tile's place in the problem.
+struct KeyTile {
+  int n_block;
+  int batch;
+  int head_k;
+  BlockRange m_blocks;
+  int first_head;  // of the query heads that read head_k
+
+  /// Visits go from the last query tile to the first, head after head.
+  __device__ __forceinline__ int num_visits(Shape const& shape) const {
+    return (m_blocks.max - m_blocks.min) * shape.query_heads_per_key_head();
+  }
+  __device__ __forceinline__ QueryTile visit(int visit_idx) const {
+    int const num_m_blocks = m_blocks.max - m_blocks.min;
+    return {first_head + visit_idx / num_m_blocks, m_blocks.max - 1 - visit_idx % num_m_blocks};
+  }
+};
+
+template <class Traits>
+__device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileOrder const& order,
+                                            int tile_idx) {
+  Shape const& shape = params.shape;
+  Tile const tile = order.tile(tile_idx);
+  int const head_k = tile.batch_head % shape.num_heads_k;
+  TileGrid const grid{Traits::kConfig.tile_m, Traits::kConfig.tile_n, shape.seqlen_q, shape.seqlen_k,
+                      params.mask};
+  return {tile.block, tile.batch_head / shape.num_heads_k, head_k, m_block_range(grid, tile.block),
+          head_k * shape.query_heads_per_key_head()};
+}
+
+/// Starts the copies of one visit's Q and dO into stage `stage`.
+template <class Traits>
+__device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_t smem, int batch,
+                                           QueryTile const& visit, int stage) {
+  using Copy = TileCopy<typename Traits::TileQ, Traits::kThreads>;
+  Shape const& shape = params.shape;
+  int const first_row = visit.m_block * Traits::kConfig.tile_m;
+  uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
+  Copy::load(smem + Traits::kSmemQ + stage_bytes,
+             GlobalRows(params.q, batch, visit.head, shape.seqlen_q, shape.head_dim), first_row,
+             fresh_thread_idx());
+  Copy::load(smem + Traits::kSmemDO + stage_bytes,
+             GlobalRows(params.dout, batch, visit.head, shape.seqlen_q, shape.head_dim), first_row,
+             fresh_thread_idx());
+  cp_async_commit();
+}
+
+/// S = Q K^T, dP = dO V^T; leaves P and dS in shared memory as 16-bit tiles.
+template <class Traits>
+__device__ __forceinline__ void scores(BackwardParams const& params, uint32_t smem, int batch,
+                                       QueryTile const& visit, int n_block, int stage) {
+  constexpr BackwardConfig kConfig = Traits::kConfig;
+  constexpr int kRowStep = 16 * Traits::kWarpsMS, kColStep = 16 * Traits::kWarpsNS;
+  using ReadRows = PieceReader<typename Traits::TileQ, Operand::kA>;
+  using ReadKeys = PieceReader<typename Traits::TileK, Operand::kBTransposed>;
+  Shape const& shape = params.shape;
+  int const thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
+  int const warp_m = thread_idx / 32 % Traits::kWarpsMS, warp_n = thread_idx / 32 / Traits::kWarpsMS;
+  int const first_row = visit.m_block * kConfig.tile_m + 16 * warp_m;
+
+  float lse_log2[Traits::kMS][2], softmax_d[Traits::kMS][2];
+  int64_t const batch_head = int64_t(batch) * shape.num_heads + visit.head;
+#pragma unroll
+  for (int m = 0; m < Traits::kMS; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const row = first_row + m * kRowStep + half * 8 + lane_idx / 4;
+      bool const valid = row < shape.seqlen_q;
+      lse_log2[m][half] =
+          valid ? params.softmax_lse[batch_head * shape.seqlen_q + row] * kLog2E : kInfinity;
+      softmax_d[m][half] = params.softmax_d[batch_head * softmax_d_rows(shape.seqlen_q) + row];
+    }
+  }
+
+  float acc_s[Traits::kMS][2 * Traits::kNS][4], acc_dp[Traits::kMS][2 * Traits::kNS][4];
+  uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
+  auto product = [&](auto& acc, uint32_t rows_address, uint32_t keys_address) {
+    ReadRows const read_rows(rows_address, 16 * warp_m, 0, thread_idx);
+    ReadKeys const read_keys(keys_address, 16 * warp_n, 0, thread_idx);
+    clear(acc);
+    warp_gemm<Traits::kDType, Traits::kHeadDim / 16>(
+        acc, [&](int m, int k) { return load_piece(read_rows, m * kRowStep, 16 * k); },
+        [&](int n, int k) { return load_piece(read_keys, n * kColStep, 16 * k); });
+  };
+  product(acc_s, smem + Traits::kSmemQ + stage_bytes, smem + Traits::kSmemK);
+  product(acc_dp, smem + Traits::kSmemDO + stage_bytes, smem + Traits::kSmemV);
+
+  TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
+  BlockRange const full = full_n_block_range(grid, visit.m_block);
+  if (n_block < full.min || n_block >= full.max) {
+    apply_mask(acc_s, {first_row, kRowStep, n_block * kConfig.tile_n + 16 * warp_n, kColStep},
+               params.mask, shape.seqlen_q, shape.seqlen_k);
+  }
+
+  float const scale_log2 = params.softmax_scale * kLog2E;
+#pragma unroll
+  for (int m = 0; m < Traits::kMS; ++m) {
+#pragma unroll
+    for (int n = 0; n < 2 * Traits::kNS; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float p[2], ds[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          p[e] = exp2_approx(fmaf(acc_s[m][n][2 * half + e], scale_log2, -lse_log2[m][half]));
+          ds[e] = p[e] * (acc_dp[m][n][2 * half + e] - softmax_d[m][half]);
+        }
+        int const row = 16 * warp_m + m * kRowStep + half * 8 + lane_idx / 4;
+        int const col = 16 * warp_n + n / 2 * kColStep + n % 2 * 8 + lane_idx % 4 * 2;
+        uint32_t const address = smem + Traits::TileS::offset(row, col);
+        store_shared(address + Traits::kSmemP, pack2<Traits::kDType>(p[0], p[1]));
+        store_shared(address + Traits::kSmemDS, pack2<Traits::kDType>(ds[0], ds[1]));
+      }
+    }
+  }
+}
+
+/// acc += tile_s^T rows: dV with (P, dO), dK with (dS, Q).
+template <class Traits>
+__device__ __forceinline__ void accumulate_keys(
+    float (&acc)[Traits::kNDkv][2 * Traits::kDDkv][4], uint32_t tile_s, uint32_t rows) {
+  int const thread_idx = fresh_thread_idx();
+  int const warp_n = thread_idx / 32 % Traits::kWarpsNDkv;
+  int const warp_d = thread_idx / 32 / Traits::kWarpsNDkv;
+  PieceReader<typename Traits::TileS, Operand::kATransposed> const read_s(tile_s, 0, 16 * warp_n,
+                                                                          thread_idx);
+  PieceReader<typename Traits::TileQ, Operand::kB> const read_rows(rows, 0, 16 * warp_d, thread_idx);
+  warp_gemm<Traits::kDType, Traits::kConfig.tile_m / 16>(
+      acc,
+      [&](int n, int k) { return load_piece(read_s, 16 * k, 16 * Traits::kWarpsNDkv * n); },
+      [&](int d, int k) { return load_piece(read_rows, 16 * k, 16 * Traits::kWarpsDDkv * d); });
+}
+
+/// dQ = dS K, added to the sums of the visit's query tile.
+template <class Traits>
+__device__ __forceinline__ void add_dq(DqSums const& sums, uint32_t smem, int m_block) {
+  int const thread_idx = fresh_thread_idx();
+  int const warp_m = thread_idx / 32 % Traits::kWarpsMDq, warp_d = thread_idx / 32 / Traits::kWarpsMDq;
+  PieceReader<typename Traits::TileS, Operand::kA> const read_s(smem + Traits::kSmemDS, 16 * warp_m, 0,
+                                                                thread_idx);
+  PieceReader<typename Traits::TileK, Operand::kB> const read_k(smem + Traits::kSmemK, 0, 16 * warp_d,
+                                                                thread_idx);
+  float acc_dq[Traits::kMDq][2 * Traits::kDDq][4];
+  clear(acc_dq);
+  warp_gemm<Traits::kDType, Traits::kConfig.tile_n / 16>(
+      acc_dq,
+      [&](int m, int k) { return load_piece(read_s, 16 * Traits::kWarpsMDq * m, 16 * k); },
+      [&](int d, int k) { return load_piece(read_k, 16 * k, 16 * Traits::kWarpsDDq * d); });
+#pragma unroll
+  for (int m = 0; m < Traits::kMDq; ++m) {
+    int const piece_m = m_block * (Traits::kConfig.tile_m / 16) + warp_m + Traits::kWarpsMDq * m;
+#pragma unroll
+    for (int d = 0; d < 2 * Traits::kDDq; ++d) {
+      sums.add(piece_m, 2 * (warp_d + d / 2 * Traits::kWarpsDDq) + d % 2, thread_idx % 32, acc_dq[m][d]);
+    }
+  }
+}
+
+/// Scales, rounds and stores dk or dv through shared memory (all of which is free by then).
+template <class Traits>
+__device__ __forceinline__ void store_keys(float const (&acc)[Traits::kNDkv][2 * Traits::kDDkv][4],
+                                           float scale, uint32_t tile_address,
+                                           GlobalRows const& target, int first_row) {
+  using TileK = typename Traits::TileK;
+  int const thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
+  int const warp_n = thread_idx / 32 % Traits::kWarpsNDkv;
+  int const warp_d = thread_idx / 32 / Traits::kWarpsNDkv;
+#pragma unroll
+  for (int n = 0; n < Traits::kNDkv; ++n) {
+#pragma unroll
+    for (int d = 0; d < 2 * Traits::kDDkv; ++d) {
+      int const col = 16 * (warp_d + d / 2 * Traits::kWarpsDDkv) + d % 2 * 8 + lane_idx % 4 * 2;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int const row = 16 * (warp_n + n * Traits::kWarpsNDkv) + half * 8 + lane_idx / 4;
+        store_shared(tile_address + TileK::offset(row, col),
+                     pack2<Traits::kDType>(acc[n][d][2 * half] * scale, acc[n][d][2 * half + 1] * scale));
+      }
+    }
+  }
+  __syncthreads();
+  TileCopy<TileK, Traits::kThreads>::store(tile_address, 0, target, first_row, thread_idx);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_sm)
+    backward_kernel(__grid_constant__ BackwardParams const params,
+                    __grid_constant__ TileOrder const order,
+                    __grid_constant__ BackwardWorkspace const workspace) {
+  using CopyK = TileCopy<typename Traits::TileK, Traits::kThreads>;
+  constexpr BackwardConfig kConfig = Traits::kConfig;
+  extern __shared__ __align__(128) char shared_memory[];
+  uint32_t const smem = uint32_t(__cvta_generic_to_shared(shared_memory));
+
+  Shape const& shape = params.shape;
+  int const tile_idx = params.deterministic ? workspace.take_ticket() : fresh_block_idx();
+  KeyTile const tile = key_tile<Traits>(params, order, tile_idx);
+  int const first_key = tile.n_block * kConfig.tile_n;
+  int const num_visits = tile.num_visits(shape);
+
+  CopyK::load(smem + Traits::kSmemK,
+              GlobalRows(params.k, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim), first_key,
+              threadIdx.x);
+  CopyK::load(smem + Traits::kSmemV,
+              GlobalRows(params.v, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim), first_key,
+              threadIdx.x);
+  cp_async_commit();
+  if (num_visits > 0) {
+    load_visit<Traits>(params, smem, tile.batch, tile.visit(0), 0);
+  }
+
+  float acc_dk[Traits::kNDkv][2 * Traits::kDDkv][4], acc_dv[Traits::kNDkv][2 * Traits::kDDkv][4];
+  clear(acc_dk);
+  clear(acc_dv);
+  for (int visit_idx = 0; visit_idx < num_visits; ++visit_idx) {
+    QueryTile const visit = tile.visit(visit_idx);
+    int const stage = visit_idx % Traits::kStages;
+    uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
+    bool const load_next = visit_idx + 1 < num_visits;
+    cp_async_wait<0>();
+    __syncthreads();  // this visit's Q, dO are there; every warp is done with the previous visit
+    if (Traits::kStages > 1 && load_next) {
+      load_visit<Traits>(params, smem, tile.batch, tile.visit(visit_idx + 1), stage ^ 1);
+    }
+    scores<Traits>(params, smem, tile.batch, visit, tile.n_block, stage);
+    __syncthreads();  // P and dS are complete
+
+    accumulate_keys<Traits>(acc_dv, smem + Traits::kSmemP, smem + Traits::kSmemDO + stage_bytes);
+    DqSums const sums = workspace.dq_sums(shape, tile.batch, visit.head);
+    int* const turn = workspace.turn(shape, tile.batch, visit.head, visit.m_block);
+    if (params.deterministic) {
+      TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
+      wait_turn(turn, tile.n_block - n_block_range(grid, visit.m_block).min);
+    }
+    add_dq<Traits>(sums, smem, visit.m_block);
+    if (params.deterministic) {
+      pass_turn(turn);
+    }
+    accumulate_keys<Traits>(acc_dk, smem + Traits::kSmemDS, smem + Traits::kSmemQ + stage_bytes);
+    if (Traits::kStages == 1 && load_next) {
+      __syncthreads();  // every warp is done with Q and dO
+      load_visit<Traits>(params, smem, tile.batch, tile.visit(visit_idx + 1), 0);
+    }
+  }
+  cp_async_wait<0>();
+  __syncthreads();  // every warp is done with shared memory
+
+  KeyTile const done = key_tile<Traits>(params, order, tile_idx);
+  store_keys<Traits>(acc_dk, params.softmax_scale, smem + Traits::kSmemK,
+                     GlobalRows(params.dk, done.batch, done.head_k, shape.seqlen_k, shape.head_dim),
+                     done.n_block * kConfig.tile_n);
+  store_keys<Traits>(acc_dv, 1.f, smem + Traits::kSmemV,
+                     GlobalRows(params.dv, done.batch, done.head_k, shape.seqlen_k, shape.head_dim),
+                     done.n_block * kConfig.tile_n);
+}
+
+}  // namespace flash::sm80

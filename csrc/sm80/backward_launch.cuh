@@ -1,0 +1,59 @@
+// Host side of the sm80 backward: three launches, workspace layout, choice of the row's kernel.
+#pragma once
+
+#include "device/launch.cuh"
+#include "sm80/backward_kernel.cuh"
+#include "sm80/backward_preprocess.cuh"
+#include "sm80/unit.h"
+
+namespace flash::sm80 {
+
+/// Early key tiles see the most query tiles under a causal mask and come first; sections hold the heads
+/// whose Q, dO and dq sums fill half of L2.
+inline TileOrder backward_order(BackwardConfig const& config, BackwardParams const& params,
+                                Device const& device) {
+  Shape const& shape = params.shape;
+  int const num_batch_heads = shape.batch_size * shape.num_heads_k;
+  bool const causal = params.mask.window_right >= 0;
+  int64_t const bytes_per_head = int64_t(shape.query_heads_per_key_head()) * shape.seqlen_q *
+                                 shape.head_dim * (2 * element_size(config.dtype) + 4);
+  return {ceil_div(shape.seqlen_k, config.tile_n), num_batch_heads,
+          causal ? heads_per_section(bytes_per_head, device.l2_bytes / 2, num_batch_heads) : 1, false};
+}
+
+template <BackwardConfig kConfig>
+void launch_backward(BackwardParams const& params, Device const& device, Stream stream) {
+  Shape const& shape = params.shape;
+  int const batch_heads = shape.batch_size * shape.num_heads;
+  BackwardWorkspace const workspace{
+      static_cast<float*>(params.workspace),
+      reinterpret_cast<int*>(static_cast<char*>(params.workspace) + dq_sums_bytes(kConfig, shape)),
+      kConfig.head_dim, ceil_div(shape.seqlen_q, kConfig.tile_m)};
+  TileOrder const order = backward_order(kConfig, params, device);
+
+  flash::launch<preprocess_kernel<kConfig.dtype>>(
+      int64_t(batch_heads) * (softmax_d_rows(shape.seqlen_q) / kRowsPerBlock), kSideThreads, 0, stream,
+      params, workspace, int(num_counters(kConfig, shape)));
+  flash::launch<backward_kernel<BackwardTraits<kConfig>>>(
+      int64_t(order.num_blocks) * order.num_batch_heads, kConfig.num_threads(), kConfig.smem_bytes(),
+      stream, params, order, workspace);
+  flash::launch<convert_dq_kernel<kConfig.dtype>>(
+      int64_t(batch_heads) * ceil_div(shape.seqlen_q, kRowsPerBlock), kSideThreads, 0, stream, params,
+      workspace);
+}
+
+template <int kHeadDim>
+bool BackwardUnit<kHeadDim>::launch(BackwardConfig const& config, BackwardParams const& params,
+                                    Device const& device, Stream stream) {
+  auto try_row = [&]<BackwardConfig kRow>() {
+    if (!(config == kRow)) {
+      return false;
+    }
+    launch_backward<kRow>(params, device, stream);
+    return true;
+  };
+  return any_compiled_row<kBackwardRows<DType::kBf16>, kHeadDim>(try_row) ||
+         any_compiled_row<kBackwardRows<DType::kFp16>, kHeadDim>(try_row);
+}
+
+}  // namespace flash::sm80

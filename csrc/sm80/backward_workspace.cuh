@@ -1,0 +1,91 @@
+// Scratch memory of the backward: fp32 dq sums, and the order in which key tiles may add to them.
+#pragma once
+
+#include "sm80/workspace_size.h"
+
+namespace flash::sm80 {
+
+/// fp32 dq sums of one (batch, head), in accumulator fragments of 16 rows x 8 columns: piece (m, d) is
+/// 32 lanes x 4 elements, so that a warp's addition touches whole lines.
+struct DqSums {
+  float* ptr;
+  int pieces_d;  // head_dim of the kernel / 8
+
+  __device__ __forceinline__ float* piece(int m, int d) const {
+    return ptr + (int64_t(m) * pieces_d + d) * 128;
+  }
+
+  /// Where element `e` of lane `lane_idx` lies. With vector reductions (sm_90) a lane's four elements
+  /// are neighbours; without them each of four scalar reductions covers 32 neighbours.
+  static __device__ __forceinline__ int index(int lane_idx, int e) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    return 4 * lane_idx + e;
+#else
+    return 32 * e + lane_idx;
+#endif
+  }
+
+  __device__ __forceinline__ void add(int m, int d, int lane_idx, float const (&values)[4]) const {
+    float* const target = piece(m, d);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + index(lane_idx, 0)),
+                 "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
+                 : "memory");
+#else
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target + index(lane_idx, e)), "f"(values[e])
+                   : "memory");
+    }
+#endif
+  }
+};
+
+/// Layout of BackwardParams::workspace. Everything is cleared by the preprocess kernel.
+struct BackwardWorkspace {
+  float* dq;        // [batch, heads, softmax_d_rows(seqlen_q), head_dim of the kernel]
+  int* counters;    // [1 + batch * heads * query tiles]: the ticket counter, then one turn a query tile
+  int head_dim;     // of the kernel
+  int m_blocks;     // query tiles of a sequence
+
+  __device__ __forceinline__ DqSums dq_sums(Shape const& shape, int batch, int head) const {
+    int64_t const rows = softmax_d_rows(shape.seqlen_q);
+    return {dq + (int64_t(batch) * shape.num_heads + head) * rows * head_dim, head_dim / 8};
+  }
+
+  __device__ __forceinline__ int* turn(Shape const& shape, int batch, int head, int m_block) const {
+    return counters + 1 + (int64_t(batch) * shape.num_heads + head) * m_blocks + m_block;
+  }
+
+  /// The next tile index, the same for the whole thread block.
+  __device__ __forceinline__ int take_ticket() const {
+    __shared__ int ticket;
+    if (threadIdx.x == 0) {
+      ticket = atomicAdd(counters, 1);
+    }
+    __syncthreads();
+    return ticket;
+  }
+};
+
+/// Waits until `turn` key tiles have added to the query tile.
+__device__ __forceinline__ void wait_turn(int const* counter, int turn) {
+  if (threadIdx.x == 0) {
+    int value;
+    do {
+      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+    } while (value != turn);
+  }
+  __syncthreads();
+}
+
+/// Lets the next key tile add: every thread's reductions are visible before the counter moves.
+__device__ __forceinline__ void pass_turn(int* counter) {
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+  }
+}
+
+}  // namespace flash::sm80

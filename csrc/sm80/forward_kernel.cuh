@@ -1,0 +1,180 @@
+// Forward attention of the sm80 family: out = softmax(softmax_scale * q k^T, masked) v.
+//
+// A thread block owns tile_m query rows of one (batch, head) and walks the visible key tiles from the
+// last to the first, so that tiles which need the element mask come first under a causal mask. Each
+// warp owns the query-row pieces warp_idx, warp_idx + num_warps, ... of 16 rows: softmax needs no
+// exchange between warps, and P goes from accumulator to operand registers without shared memory.
+// Copies run under the arithmetic: V[n] under Q K[n]^T, K[n - 1] under softmax and P V[n].
+// Design note: docs/sm80.md.
+#pragma once
+
+#include "arith/block_range.h"
+#include "arith/tile_order.h"
+#include "config/forward_config.h"
+#include "device/copy.cuh"
+#include "device/mma.cuh"
+#include "device/softmax.cuh"
+
+namespace flash::sm80 {
+
+template <ForwardConfig kConfig_>
+struct ForwardTraits {
+  static constexpr ForwardConfig kConfig = kConfig_;
+  static constexpr int kHeadDim = kConfig.head_dim;
+  static constexpr int kThreads = kConfig.num_threads();
+  using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;
+  using TileK = SmemTile<kConfig.tile_n, kHeadDim>;
+  static constexpr int kPiecesM = kConfig.tile_m / 16 / kConfig.num_warps;
+  static constexpr int kPiecesN = kConfig.tile_n / 16;
+  static constexpr int kPiecesD = kHeadDim / 16;
+  static constexpr uint32_t kSmemK = TileQ::kBytes;
+  static constexpr uint32_t kSmemV = kSmemK + TileK::kBytes;
+  static_assert(kSmemV + TileK::kBytes == uint32_t(kConfig.smem_bytes()), "table and kernel agree");
+  static_assert(kConfig.tile_m % (16 * kConfig.num_warps) == 0, "warps own whole pieces");
+};
+
+/// State of one warp: its row pieces of one query tile.
+template <class Traits>
+struct ForwardWarp {
+  static constexpr DType kDType = Traits::kConfig.dtype;
+  static constexpr int kRowStep = 16 * Traits::kConfig.num_warps;
+
+  float acc_o[Traits::kPiecesM][2 * Traits::kPiecesD][4];
+  OnlineSoftmax<Traits::kPiecesM> softmax;
+  uint32_t smem;
+
+  __device__ __forceinline__ ForwardWarp(uint32_t smem) : smem(smem) { clear(acc_o); }
+
+  /// S = Q K^T.
+  __device__ __forceinline__ void scores(float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4]) {
+    int const thread_idx = fresh_thread_idx();
+    PieceReader<typename Traits::TileQ, Operand::kA> const read_q(smem, 16 * (thread_idx / 32), 0,
+                                                                  thread_idx);
+    PieceReader<typename Traits::TileK, Operand::kBTransposed> const read_k(smem + Traits::kSmemK, 0,
+                                                                            0, thread_idx);
+    clear(acc_s);
+    warp_gemm<kDType, Traits::kPiecesD>(
+        acc_s, [&](int m, int k) { return load_piece(read_q, m * kRowStep, 16 * k); },
+        [&](int n, int k) { return load_piece(read_k, 16 * n, 16 * k); });
+  }
+
+  /// O += P V. The accumulator fragment of P is the operand fragment of the next product.
+  __device__ __forceinline__ void accumulate(
+      float const (&acc_p)[Traits::kPiecesM][2 * Traits::kPiecesN][4]) {
+    Piece p[Traits::kPiecesM][Traits::kPiecesN];
+#pragma unroll
+    for (int m = 0; m < Traits::kPiecesM; ++m) {
+#pragma unroll
+      for (int n = 0; n < Traits::kPiecesN; ++n) {
+        float const(&left)[4] = acc_p[m][2 * n];
+        float const(&right)[4] = acc_p[m][2 * n + 1];
+        p[m][n] = {{pack2<kDType>(left[0], left[1]), pack2<kDType>(left[2], left[3]),
+                    pack2<kDType>(right[0], right[1]), pack2<kDType>(right[2], right[3])}};
+      }
+    }
+    PieceReader<typename Traits::TileK, Operand::kB> const read_v(smem + Traits::kSmemV, 0, 0,
+                                                                  fresh_thread_idx());
+    warp_gemm<kDType, Traits::kPiecesN>(
+        acc_o, [&](int m, int k) { return p[m][k]; },
+        [&](int n, int k) { return load_piece(read_v, 16 * k, 16 * n); });
+  }
+};
+
+/// Normalises, and stores out through the warp's own rows of the query tile in shared memory.
+template <class Traits>
+__device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
+                                           ForwardParams const& params, Tile const& tile) {
+  using TileQ = typename Traits::TileQ;
+  constexpr int kRowStep = ForwardWarp<Traits>::kRowStep;
+  Shape const& shape = params.shape;
+  int const batch = tile.batch_head / shape.num_heads, head = tile.batch_head % shape.num_heads;
+  int const first_row = tile.block * Traits::kConfig.tile_m;
+  GlobalRows const out(params.out, batch, head, shape.seqlen_q, shape.head_dim);
+  float* const softmax_lse = params.softmax_lse + int64_t(tile.batch_head) * shape.seqlen_q;
+  int const thread_idx = fresh_thread_idx();
+  int const warp_idx = thread_idx / 32, lane_idx = thread_idx % 32;
+#pragma unroll
+  for (int m = 0; m < Traits::kPiecesM; ++m) {
+    int const piece_row = 16 * warp_idx + m * kRowStep;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const row = piece_row + half * 8 + lane_idx / 4;
+      float const sum = quad_sum(warp.softmax.row_sum[m][half]);
+      float const scale = sum == 0.f ? 0.f : 1.f / sum;
+      if (lane_idx % 4 == 0 && first_row + row < shape.seqlen_q) {
+        float const lse = fmaf(warp.softmax.row_max[m][half], params.softmax_scale, logf(sum));
+        softmax_lse[first_row + row] = sum == 0.f ? kInfinity : lse;
+      }
+#pragma unroll
+      for (int d = 0; d < 2 * Traits::kPiecesD; ++d) {
+        uint32_t const pair = pack2<Traits::kConfig.dtype>(warp.acc_o[m][d][2 * half] * scale,
+                                                           warp.acc_o[m][d][2 * half + 1] * scale);
+        store_shared(warp.smem + TileQ::offset(row, 8 * d + lane_idx % 4 * 2), pair);
+      }
+    }
+  }
+  __syncwarp();
+#pragma unroll
+  for (int m = 0; m < Traits::kPiecesM; ++m) {
+    TileCopy<TileQ, 32>::template store<16>(warp.smem, 16 * warp_idx + m * kRowStep, out, first_row,
+                                            lane_idx);
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_sm)
+    forward_kernel(__grid_constant__ ForwardParams const params,
+                   __grid_constant__ TileOrder const order) {
+  using CopyQ = TileCopy<typename Traits::TileQ, Traits::kThreads>;
+  using CopyK = TileCopy<typename Traits::TileK, Traits::kThreads>;
+  constexpr ForwardConfig kConfig = Traits::kConfig;
+  extern __shared__ __align__(128) char shared_memory[];
+  uint32_t const smem = uint32_t(__cvta_generic_to_shared(shared_memory));
+
+  Shape const& shape = params.shape;
+  Tile const tile = order.tile(blockIdx.x);
+  int const batch = tile.batch_head / shape.num_heads, head = tile.batch_head % shape.num_heads;
+  int const head_k = head / shape.query_heads_per_key_head();
+  int const first_row = tile.block * kConfig.tile_m;
+  GlobalRows const q(params.q, batch, head, shape.seqlen_q, shape.head_dim);
+  GlobalRows const k(params.k, batch, head_k, shape.seqlen_k, shape.head_dim);
+  GlobalRows const v(params.v, batch, head_k, shape.seqlen_k, shape.head_dim);
+  TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
+  BlockRange const visible = n_block_range(grid, tile.block);
+  BlockRange const full = full_n_block_range(grid, tile.block);
+
+  ForwardWarp<Traits> warp(smem);
+  if (visible.max > visible.min) {
+    CopyQ::load(smem, q, first_row, threadIdx.x);
+    CopyK::load(smem + Traits::kSmemK, k, (visible.max - 1) * kConfig.tile_n, threadIdx.x);
+    cp_async_commit();
+  }
+  for (int n_block = visible.max - 1; n_block >= visible.min; --n_block) {
+    cp_async_wait<0>();
+    __syncthreads();  // K[n] is there; every warp is done with V[n + 1]
+    CopyK::load(smem + Traits::kSmemV, v, n_block * kConfig.tile_n, fresh_thread_idx());
+    cp_async_commit();
+
+    float acc_s[Traits::kPiecesM][2 * Traits::kPiecesN][4];
+    warp.scores(acc_s);
+
+    cp_async_wait<0>();
+    __syncthreads();  // V[n] is there; every warp is done with K[n]
+    if (n_block > visible.min) {
+      CopyK::load(smem + Traits::kSmemK, k, (n_block - 1) * kConfig.tile_n,
+                  fresh_thread_idx());
+      cp_async_commit();
+    }
+    if (n_block < full.min || n_block >= full.max) {
+      PiecePlacement const place{first_row + 16 * (fresh_thread_idx() / 32), warp.kRowStep,
+                                 n_block * kConfig.tile_n, 16};
+      apply_mask(acc_s, place, params.mask, shape.seqlen_q, shape.seqlen_k);
+    }
+    warp.softmax.update(acc_s, warp.acc_o, params.softmax_scale * kLog2E);
+    warp.accumulate(acc_s);
+  }
+
+  store_tile(warp, params, order.tile(fresh_block_idx()));
+}
+
+}  // namespace flash::sm80

@@ -1,0 +1,41 @@
+// Host side of the sm80 forward: grid, tile order, choice of the row's kernel.
+#pragma once
+
+#include "device/launch.cuh"
+#include "sm80/forward_kernel.cuh"
+#include "sm80/unit.h"
+
+namespace flash::sm80 {
+
+/// Under a causal mask the longest tiles go first, in sections of heads whose K and V fill half of L2;
+/// otherwise all tiles are equal and one head's tiles run side by side.
+inline TileOrder forward_order(ForwardConfig const& config, ForwardParams const& params,
+                               Device const& device) {
+  Shape const& shape = params.shape;
+  int const num_batch_heads = shape.batch_size * shape.num_heads;
+  bool const causal = params.mask.window_right >= 0;
+  int64_t const bytes_per_head = int64_t(2) * shape.seqlen_k * shape.head_dim *
+                                 element_size(config.dtype) / shape.query_heads_per_key_head();
+  return {ceil_div(shape.seqlen_q, config.tile_m), num_batch_heads,
+          causal ? heads_per_section(bytes_per_head, device.l2_bytes / 2, num_batch_heads) : 1,
+          causal};
+}
+
+template <int kHeadDim>
+bool ForwardUnit<kHeadDim>::launch(ForwardConfig const& config, ForwardParams const& params,
+                                   Device const& device, Stream stream) {
+  auto try_row = [&]<ForwardConfig kRow>() {
+    if (!(config == kRow)) {
+      return false;
+    }
+    TileOrder const order = forward_order(config, params, device);
+    flash::launch<forward_kernel<ForwardTraits<kRow>>>(int64_t(order.num_blocks) * order.num_batch_heads,
+                                                       kRow.num_threads(), kRow.smem_bytes(), stream,
+                                                       params, order);
+    return true;
+  };
+  return any_compiled_row<kForwardRows<DType::kBf16>, kHeadDim>(try_row) ||
+         any_compiled_row<kForwardRows<DType::kFp16>, kHeadDim>(try_row);
+}
+
+}  // namespace flash::sm80
