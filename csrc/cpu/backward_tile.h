@@ -18,7 +18,7 @@ namespace flash::cpu {
 struct QueryRows {
   RowRange rows;
   float const* lse;
-  float const* softmax_d;
+  float* softmax_d;
 };
 
 [[gnu::always_inline]]
@@ -36,30 +36,38 @@ QueryRows query_rows(BackwardParams const& params, int batch, int head, int m_bl
           params.softmax_d + plane * softmax_d_stride(shape) + begin};
 }
 
+/// Part of a (query tile, key tile) pair: rows and keys counted from the begin of their tiles.
+struct PairStrip {
+  int row_begin;
+  int rows;
+  int key_begin;
+  int keys;
+};
+
 /// S to P and dP to dS, in place. A pair outside the mask gets 0 in both, whatever the inputs hold.
-/// visible is null where every pair of the tile is visible.
+/// visible is null where every pair of the tile is visible; first_key is where the key tile begins.
 template <class Isa>
-void score_gradients(BackwardScratch const& scratch, QueryRows const& query, int keys,
-                     int key_begin, float softmax_scale, VisibleKeys const* visible) {
+void score_gradients(BackwardScratch const& scratch, QueryRows const& query, PairStrip const& strip,
+                     int first_key, float softmax_scale, VisibleKeys const* visible) {
   using Float = typename Isa::Float;
   using Int = typename Isa::Int;
   int32_t lanes[Isa::kWidth];
   for (int lane = 0; lane < Isa::kWidth; ++lane) {
-    lanes[lane] = key_begin + lane;
+    lanes[lane] = first_key + lane;
   }
-  Int const first_key = Isa::template load_as<Int>(lanes);
+  Int const first_keys = Isa::template load_as<Int>(lanes);
   Float const scale = Isa::broadcast(softmax_scale);
-  for (int row = 0; row < query.rows.count; ++row) {
-    float* const p_row = scratch.p.data + row * scratch.p.stride;
-    float* const ds_row = scratch.ds.data + row * scratch.ds.stride;
+  for (int row = strip.row_begin; row < strip.row_begin + strip.rows; ++row) {
+    float* const p_row = scratch.p.at(row, 0).data;
+    float* const ds_row = scratch.ds.at(row, 0).data;
     Float const lse = Isa::broadcast(query.lse[row]);
     Float const softmax_d = Isa::broadcast(query.softmax_d[row]);
-    for (int col = 0; col < keys; col += Isa::kWidth) {
+    for (int col = strip.key_begin; col < strip.key_begin + strip.keys; col += Isa::kWidth) {
       Float const exponent = Isa::fma(Isa::load(p_row + col), scale, -lse);
       Float p = exp2<Isa>(exponent * kLog2E);
       Float ds = p * (Isa::load(ds_row + col) - softmax_d);
       if (visible != nullptr) {
-        Int const j = first_key + col;
+        Int const j = first_keys + col;
         Int const attends = (j >= visible->begin[row]) & (j < visible->end[row]);
         p = attends ? p : Float{};
         ds = attends ? ds : Float{};
@@ -70,25 +78,56 @@ void score_gradients(BackwardScratch const& scratch, QueryRows const& query, int
   }
 }
 
-/// The five products of one (query tile, key tile) pair, dq last and in turn.
-template <class Isa, class T>
-void backward_pair(BackwardParams const& params, BackwardScratch const& scratch,
-                   QueryRows const& query, RowRange const& key_rows, VisibleKeys const* visible) {
-  int const head_dim = params.shape.head_dim;
-  int const rows = query.rows.count;
-  int const keys = key_rows.count;
-  load_tile<Isa, T>(params.q, query.rows, head_dim, scratch.q);
-  load_tile<Isa, T>(params.dout, query.rows, head_dim, scratch.dout);
-  gemm<Isa, AOrder::kRowMajor, Update::kSet>({rows, keys, head_dim}, scratch.q, scratch.k_t,
-                                             scratch.p);
-  gemm<Isa, AOrder::kRowMajor, Update::kSet>({rows, keys, head_dim}, scratch.dout, scratch.v_t,
-                                             scratch.ds);
-  score_gradients<Isa>(scratch, query, keys, key_rows.begin, params.softmax_scale, visible);
-  gemm<Isa, AOrder::kTransposed, Update::kAdd>({keys, head_dim, rows}, scratch.p, scratch.dout,
-                                               scratch.dv);
-  gemm<Isa, AOrder::kTransposed, Update::kAdd>({keys, head_dim, rows}, scratch.ds, scratch.q,
-                                               scratch.dk);
+/// Q and dO of the query tile are in scratch. Leaves dS of the strip there and adds to dk and dv.
+template <class Isa>
+void key_gradients(BackwardScratch const& scratch, QueryRows const& query, PairStrip const& strip,
+                   int first_key, int head_dim, float softmax_scale, VisibleKeys const* visible) {
+  auto const [row, rows, col, keys] = strip;
+  GemmShape const scores = {rows, keys, head_dim};
+  GemmShape const gradients = {keys, head_dim, rows};
+  gemm<Isa, AOrder::kRowMajor, Update::kSet>(scores, scratch.q.at(row, 0), scratch.k_t.at(0, col),
+                                             scratch.p.at(row, col));
+  gemm<Isa, AOrder::kRowMajor, Update::kSet>(scores, scratch.dout.at(row, 0),
+                                             scratch.v_t.at(0, col), scratch.ds.at(row, col));
+  score_gradients<Isa>(scratch, query, strip, first_key, softmax_scale, visible);
+  gemm<Isa, AOrder::kTransposed, Update::kAdd>(gradients, scratch.p.at(row, col),
+                                               scratch.dout.at(row, 0), scratch.dv.at(col, 0));
+  gemm<Isa, AOrder::kTransposed, Update::kAdd>(gradients, scratch.ds.at(row, col),
+                                               scratch.q.at(row, 0), scratch.dk.at(col, 0));
 }
+
+template <class Isa>
+void query_gradient(BackwardScratch const& scratch, PairStrip const& strip, int head_dim,
+                    Matrix dq) {
+  gemm<Isa, AOrder::kRowMajor, Update::kAdd>(
+      {strip.rows, head_dim, strip.keys}, scratch.ds.at(strip.row_begin, strip.key_begin),
+      scratch.k.at(strip.key_begin, 0), dq.at(strip.row_begin, 0));
+}
+
+/// The strips of a pair with their visible keys, in whole multiples of kStrip, because products
+/// update dk and dv by whole register blocks. Without a mask all rows are one strip.
+struct PairStrips {
+  PairStrip strips[kTileM / kStrip];
+  int count = 0;
+
+  [[gnu::always_inline]]
+  PairStrips(QueryRows const& query, RowRange const& key_rows, VisibleKeys const* visible) {
+    int const rows = query.rows.count;
+    if (visible == nullptr) {
+      strips[count++] = {0, rows, 0, key_rows.count};
+      return;
+    }
+    for (int row = 0; row < rows; row += kStrip) {
+      int const strip_rows = imin(kStrip, rows - row);
+      int const begin = imax(visible->begin[row] - key_rows.begin, 0) / kStrip * kStrip;
+      int const last = imin(visible->end[row + strip_rows - 1] - key_rows.begin, key_rows.count);
+      int const end = imin(round_up(imax(last, 0), kStrip), key_rows.count);
+      if (begin < end) {
+        strips[count++] = {row, strip_rows, begin, end - begin};
+      }
+    }
+  }
+};
 
 /// dk and dv of one key tile of one key head, summed over its query heads; adds to dq in turn.
 template <class Isa, class T>
@@ -118,18 +157,19 @@ void backward_tile(BackwardParams const& params, Tile tile, float* scratch_base,
     int const head = head_k * group_size + group_idx;
     for (int m_block = blocks.min; m_block < blocks.max; ++m_block) {
       QueryRows const query = query_rows<Isa>(params, batch, head, m_block);
+      VisibleKeys const visible(params.mask, shape, query.rows);
       bool const is_full = full.min <= m_block && m_block < full.max;
-      VisibleKeys visible;
-      for (int row = 0; !is_full && row < query.rows.count; ++row) {
-        KeyRange const keys =
-            visible_keys(params.mask, query.rows.begin + row, shape.seqlen_q, shape.seqlen_k);
-        visible.begin[row] = keys.begin;
-        visible.end[row] = keys.end;
+      PairStrips const pair(query, key_rows, is_full ? nullptr : &visible);
+      load_tile<Isa, T>(params.q, query.rows, head_dim, scratch.q);
+      load_tile<Isa, T>(params.dout, query.rows, head_dim, scratch.dout);
+      for (int idx = 0; idx < pair.count; ++idx) {
+        key_gradients<Isa>(scratch, query, pair.strips[idx], n_begin, head_dim,
+                           params.softmax_scale, is_full ? nullptr : &visible);
       }
-      backward_pair<Isa, T>(params, scratch, query, key_rows, is_full ? nullptr : &visible);
       turns.wait(tile, group_idx, m_block);
-      gemm<Isa, AOrder::kRowMajor, Update::kAdd>({query.rows.count, head_dim, key_rows.count},
-                                                 scratch.ds, scratch.k, dq_sum.rows(query.rows));
+      for (int idx = 0; idx < pair.count; ++idx) {
+        query_gradient<Isa>(scratch, pair.strips[idx], head_dim, dq_sum.rows(query.rows));
+      }
       turns.pass(tile, group_idx, m_block + 1);
     }
     turns.pass(tile, group_idx + 1, 0);
@@ -149,7 +189,6 @@ void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
   QueryRows const query =
       query_rows<Isa>(params, tile.batch_head / shape.num_heads, head, tile.block);
   RowRange const& rows = query.rows;
-  float* const softmax_d = params.softmax_d + (query.softmax_d - params.softmax_d);
   float const* const dlse =
       params.dlse == nullptr ? nullptr : params.dlse + (query.lse - params.softmax_lse);
   for (int row = 0; row < rows.count; ++row) {
@@ -160,11 +199,11 @@ void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
     for (int c = 0; c < shape.head_dim; ++c) {
       sum = Isa::scalar_fma(out_row[c], dout_row[c], sum);
     }
-    softmax_d[row] = dlse == nullptr ? sum : sum - dlse[row];
+    query.softmax_d[row] = dlse == nullptr ? sum : sum - dlse[row];
   }
   bool const is_last = rows.begin + rows.count == shape.seqlen_q;
   int const padding = is_last ? softmax_d_stride(shape) - shape.seqlen_q : 0;
-  std::memset(softmax_d + rows.count, 0, sizeof(float) * padding);
+  std::memset(query.softmax_d + rows.count, 0, sizeof(float) * padding);
   fill_zero<Isa>(dq_sum.rows(rows), round_up(rows.count, kMicroRows));
 }
 

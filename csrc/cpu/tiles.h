@@ -5,8 +5,7 @@
 
 namespace flash::cpu {
 
-/// Query rows and keys of one score tile. Multiples of kMicroRows and of kPanelCols, because either
-/// side of a tile is the row side of one product and the column side of another.
+/// Query rows and keys of one tile: what is converted to fp32 at a time.
 inline constexpr int kTileM = 96;
 inline constexpr int kTileN = 96;
 
@@ -15,8 +14,13 @@ inline constexpr int kTileN = 96;
 inline constexpr int kMicroRows = 6;
 inline constexpr int kPanelCols = 16;
 
-static_assert(kTileM % kMicroRows == 0 && kTileM % kPanelCols == 0);
-static_assert(kTileN % kMicroRows == 0 && kTileN % kPanelCols == 0);
+/// Rows of a tile that are worked together. At the edges of the mask a strip leaves out the keys
+/// that none of its rows attends to.
+inline constexpr int kStrip = 48;
+
+// Either side of the scores is the row side of one product and the column side of another.
+static_assert(kStrip % kMicroRows == 0 && kStrip % kPanelCols == 0);
+static_assert(kTileM % kStrip == 0 && kTileN % kStrip == 0);
 
 /// Floats from one row of a scratch matrix to the next: whole column panels, and an odd number of
 /// 64-byte lines so that a column of rows spreads over all cache sets.
@@ -24,8 +28,6 @@ FLASH_HD constexpr int leading_dim(int cols) {
   int const panels = ceil_div(cols, kPanelCols);
   return (panels | 1) * kPanelCols;
 }
-
-inline constexpr int kScoreStride = leading_dim(imax(kTileM, kTileN));
 
 /// Which (batch, head) plane of a tensor, and which of its rows.
 struct RowRange {
@@ -39,6 +41,10 @@ struct RowRange {
 struct Matrix {
   float* data;
   int stride;
+
+  FLASH_HD Matrix at(int row, int col) const {
+    return {data + int64_t(row) * stride + col, stride};
+  }
 };
 
 /// Cuts one allocation into matrices. With a null base it only counts.
@@ -64,10 +70,19 @@ class ScratchArena {
   int64_t used_ = 0;
 };
 
-/// Keys that each query row of a tile attends to, as parallel arrays for vector loads.
+/// Keys that each query row of a tile attends to, as parallel arrays for vector loads. Both bounds
+/// grow with the row; padding rows attend to nothing.
 struct VisibleKeys {
-  int32_t begin[kTileM];
-  int32_t end[kTileM];
+  VisibleKeys(Mask mask, Shape const& shape, RowRange const& rows) {
+    for (int row = 0; row < rows.count; ++row) {
+      KeyRange const keys = visible_keys(mask, rows.begin + row, shape.seqlen_q, shape.seqlen_k);
+      begin[row] = keys.begin;
+      end[row] = keys.end;
+    }
+  }
+
+  int32_t begin[kTileM] = {};
+  int32_t end[kTileM] = {};
 };
 
 /// Scratch of a forward task. Scores are held transposed, keys x rows: the softmax then runs along
@@ -78,7 +93,7 @@ struct ForwardScratch {
       : q_t(arena.matrix(head_dim, kTileM)),
         k(arena.matrix(kTileN, head_dim)),
         v(arena.matrix(kTileN, head_dim)),
-        scores_t(arena.matrix(kTileN, kTileM)),
+        scores_t(arena.matrix(kTileN, kStrip)),
         out(arena.matrix(kTileM, head_dim)),
         row_max(arena.floats(kTileM)),
         row_sum(arena.floats(kTileM)),
