@@ -31,7 +31,8 @@ env: $(READY)
 
 # The environment holds what building, testing, linting and the example need.
 $(READY): pyproject.toml tools/check_machine.py
-	$(PYTHON) tools/check_machine.py
+	@$(PYTHON) tools/check_machine.py
+	@echo "Creating the environment $(VENV) (torch and tools, a few minutes) ..."
 	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check "$(TORCH)" \
 	  "setuptools>=77" wheel ninja packaging

@@ -101,20 +101,26 @@ def main(arguments: Sequence[str]) -> int:
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     seconds = time.monotonic() - begin
     show(done.stdout)
+    kernels = keep_record(source, seconds, done.stdout, nvcc)
     if done.returncode != 0:
         return done.returncode
     if found := FORBIDDEN.search(done.stdout):
         print(f"{source}: expected no spills and no serialised wgmma, ptxas says {found[0]!r}")
         Path(rest[rest.index("-o") + 1]).unlink(missing_ok=True)
         return 1
-    kernels = parse_ptxas(done.stdout)
+    print(f"{source.name}: {kernels} kernels, {seconds:.1f} s, no spills")
+    return 0
+
+
+def keep_record(source: Path, seconds: float, output: str, nvcc: str) -> int:
+    """Writes build/ptxas/UNIT.json, also for a unit that fails; returns the number of kernels."""
+    kernels = parse_ptxas(output)
     demangle(kernels, nvcc)
     record = {"unit": source.name, "seconds": round(seconds, 2), "kernels": kernels}
     folder = ROOT / "build" / "ptxas"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{source.stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{source.name}: {len(kernels)} kernels, {seconds:.1f} s, no spills")
-    return 0
+    return len(kernels)
 
 
 if __name__ == "__main__":
