@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from flash_attn import ops
 
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIM_STEP = 8  # CUDA kernels read rows of whole 16-byte pieces
 
 
@@ -49,29 +50,43 @@ class Attention(torch.autograd.Function):
         return out, softmax_lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, out, softmax_lse = ctx.saved_tensors
-        if dout is None and dlse is None:
+        # The guard against double backward costs time, and only a graph of gradients needs it.
+        run = _backward_once if torch.is_grad_enabled() else _backward
+        return run(ctx, dout, dlse)
+
+
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    *inputs, out, softmax_lse = ctx.saved_tensors
+    if dout is None:
+        if dlse is None:
             return (None,) * (4 + len(inputs))
-        if dout is None:
-            dout = torch.zeros_like(out)
-        tensors = tuple(inputs)
-        grads = tuple(torch.empty_like(tensor) for tensor in tensors)
-        ops.backward(dout, *unpack(tensors), out, softmax_lse, dlse, *unpack(grads), *ctx.options)
-        return (None, None, None, None, *grads)
+        dout = torch.zeros_like(out)
+    tensors = tuple(inputs)
+    grads = tuple([torch.empty_like(tensor) for tensor in tensors])
+    ops.backward(dout, *unpack(tensors), out, softmax_lse, dlse, *unpack(grads), *ctx.options)
+    return (None, None, None, None, *grads)
+
+
+_backward_once = once_differentiable(_backward)
+
+# Function.apply without its check for torch.func transforms, which attention() has made already.
+_apply: Any = super(torch.autograd.Function, Attention).apply
 
 
 def autocast_inputs(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The tensors in autocast's dtype, as torch treats the inputs of a matrix product."""
-    device_type = tensors[0].device.type
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+    device_type = "cuda" if getattr(tensors[0], "is_cuda", False) else "cpu"
+    if not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
+    return tuple([_autocast(tensor, dtype) for tensor in tensors])
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # What can't be cast is left to the checks of the arguments.
+    castable = isinstance(tensor, Tensor) and tensor.dtype in _AUTOCAST_DTYPES
+    return tensor.to(dtype) if castable else tensor
 
 
 def _reject_transforms(tensors: tuple[Tensor, ...]) -> None:
@@ -100,8 +115,10 @@ def attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out and softmax_lse of checked (q, k, v), (q, kv) or (qkv,)."""
+    apply = Attention.apply
     if not torch.compiler.is_compiling():
         _reject_transforms(tensors)
+        apply = _apply
     if softmax_scale <= 0.0:
         # The kernels scale the running maximum: that takes a positive factor. Fold the sign into q.
         q, k, v = unpack(tensors)
@@ -114,10 +131,8 @@ def attention(
     padding = -head_dim % _HEAD_DIM_STEP if q.is_cuda else 0
     if padding:
         tensors = tuple(pad(tensor, (0, padding)) for tensor in tensors)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        out, softmax_lse = Attention.apply(  # type: ignore[no-untyped-call]
-            softmax_scale, window_left, window_right, deterministic, *tensors
-        )
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+        out, softmax_lse = apply(softmax_scale, window_left, window_right, deterministic, *tensors)
     else:
         out, softmax_lse = ops.forward(*unpack(tensors), softmax_scale, window_left, window_right)
     return out[..., :head_dim] if padding else out, softmax_lse

@@ -90,7 +90,6 @@ def flash_attn_func(
         >>> out.sum().backward()
     """
     problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
-    problem.check_are_tensors(q=q, k=k, v=v)
     q, k, v = tensors = autocast_inputs((q, k, v))
     problem.check_qkv(q, k, v)
     scale = problem.scale_of(softmax_scale, q.shape[-1])
@@ -117,7 +116,6 @@ def flash_attn_kvpacked_func(
         kv: (batch, seqlen_k, 2, heads_k, head_dim); its gradient is one tensor too, without a copy.
     """
     problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
-    problem.check_are_tensors(q=q, kv=kv)
     q, kv = tensors = autocast_inputs((q, kv))
     problem.check_kvpacked(q, kv)
     scale = problem.scale_of(softmax_scale, q.shape[-1])
@@ -143,7 +141,6 @@ def flash_attn_qkvpacked_func(
         qkv: (batch, seqlen, 3, heads, head_dim); its gradient is one tensor too, without a copy.
     """
     problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
-    problem.check_are_tensors(qkv=qkv)
     (qkv,) = tensors = autocast_inputs((qkv,))
     problem.check_qkvpacked(qkv)
     scale = problem.scale_of(softmax_scale, qkv.shape[-1])

@@ -22,14 +22,10 @@ def _reject(name: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def check_are_tensors(**arguments: object) -> None:
-    for name, argument in arguments.items():
-        if not isinstance(argument, Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(argument).__name__}")
-
-
 def check_tensor(name: str, tensor: Tensor, layout: str, rank: int) -> torch.Size:
-    """Rank, head_dim and contiguous rows of one tensor. Returns its shape."""
+    """Type, rank, head_dim and contiguous rows of one tensor. Returns its shape."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
     shape = tensor.shape
     if len(shape) != rank:
         _reject(name, f"shape {layout}", tuple(shape))

@@ -46,6 +46,10 @@ Tensor readable(Tensor const& tensor, int alignment) {
   return copy;
 }
 
+Tensor as_contiguous(Tensor const& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
 Tensor writable(Tensor const& tensor, int alignment) {
   return is_aligned(tensor, alignment) ? tensor : new_like(tensor);
 }
@@ -98,14 +102,14 @@ BackwardTensors checked_and_aligned(BackwardTensors const& in, int alignment) {
   check_backward(in);
   std::optional<Tensor> dlse;
   if (in.dlse) {
-    dlse = torch::stable::contiguous(*in.dlse);
+    dlse = as_contiguous(*in.dlse);
   }
   return {.dout = readable(in.dout, alignment),
           .q = readable(in.q, alignment),
           .k = readable(in.k, alignment),
           .v = readable(in.v, alignment),
           .out = readable(in.out, alignment),
-          .softmax_lse = torch::stable::contiguous(in.softmax_lse),
+          .softmax_lse = as_contiguous(in.softmax_lse),
           .dlse = std::move(dlse),
           .dq = writable(in.dq, alignment),
           .dk = writable(in.dk, alignment),
