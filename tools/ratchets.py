@@ -64,7 +64,7 @@ def check_length(path: Path, lines: list[str]) -> Iterator[Breach]:
 
 def check_todo(path: Path, lines: list[str]) -> Iterator[Breach]:
     for number, line in enumerate(lines, 1):
-        if TODO.search(line) and path.name != "ratchets.py":
+        if TODO.search(line) and path.suffix != ".md" and path.name != "ratchets.py":
             yield path, number, 'expected "TODO: what, and why it can wait"'
 
 
