@@ -115,7 +115,7 @@ def attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out and softmax_lse of checked (q, k, v), (q, kv) or (qkv,)."""
-    apply = Attention.apply
+    apply: Any = Attention.apply
     if not torch.compiler.is_compiling():
         _reject_transforms(tensors)
         apply = _apply
