@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import json
 import math
+import os
 import resource
 import statistics
 import subprocess
@@ -205,7 +206,9 @@ def train(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def run(name: str, argv: list[str], folder: Path) -> dict[str, Any]:
     """`train` in a process of its own."""
     worker = [sys.executable, __file__, *argv, "--worker", name, "--folder", str(folder)]
-    code = subprocess.run(worker, check=False).returncode
+    # Threads that wait give up their core: spinning ones stall each other on a busy machine.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+    code = subprocess.run(worker, check=False, env=environment).returncode
     if code == -9:
         return {"fits": False, "reason": "killed by the system, which it does when memory runs out"}
     if code != 0:

@@ -1,0 +1,112 @@
+"""Host microseconds of one dense call: what Python, autograd and the launch cost.
+
+    python benchmarks/host_time.py                      # GPU if there is one, else CPU
+
+The tensors are so small that the device has next to nothing to do. On a GPU the calls are not
+waited for, so the time is the host's alone; "queued" is the share of it that the device still
+needed after the last call: far above 0, the device was measured rather than the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from contenders import Contender, load
+from timing import Call
+from torch import Tensor
+
+MODES = ("no grad", "forward with grad", "forward + backward")
+
+
+def call_of(contender: Contender, mode: str, tensors: tuple[Tensor, ...], causal: bool) -> Call:
+    q, k, v, dout = tensors
+    if mode == "no grad":
+        inputs = [x.detach() for x in (q, k, v)]
+
+        def without_grad() -> Tensor:
+            with torch.no_grad():
+                return contender(*inputs, causal)
+
+        return without_grad
+    if mode == "forward with grad":
+        return lambda: contender(q, k, v, causal)
+    return lambda: torch.autograd.grad(contender(q, k, v, causal), (q, k, v), dout)
+
+
+def host_us(call: Call, iterations: int, on_gpu: bool) -> tuple[float, float]:
+    """Microseconds of a call on the host, and of the wait for the device, as a share of them."""
+    if on_gpu:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(iterations):
+        call()
+    called = time.perf_counter()
+    if on_gpu:
+        torch.cuda.synchronize()
+    waited = time.perf_counter() - called
+    return 1e6 * (called - start) / iterations, waited / (called - start)
+
+
+def line_of(title: str, texts: dict[str, str], contenders: Iterable[str]) -> str:
+    return f"{title:20}" + "".join(f"{texts.get(name, '-'):>10}" for name in contenders)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    on_gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
+    add("--contenders", help="default: ours,fa2,cudnn,fa3 on a GPU, ours,sdpa on CPU")
+    add("--seqlen", type=int, help="default: 128 on a GPU, 8 on CPU")
+    add("--causal", action="store_true")
+    add("--iterations", type=int, default=100, help="in one round, few enough to fit the queue")
+    add("--rounds", type=int, default=20)
+    add("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args(arguments)
+    on_gpu = args.device == "cuda"
+    names = args.contenders or ("ours,fa2,cudnn,fa3" if on_gpu else "ours,sdpa")
+    shape = (1, args.seqlen or 128, 2, 64) if on_gpu else (1, args.seqlen or 8, 1, 16)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    q, k, v, dout = (torch.randn(shape, device=args.device, dtype=dtype) for _ in range(4))
+    tensors = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
+    contenders, why_not = load(names.split(","))
+    for name, reason in why_not.items():
+        print(f"without {name}: {reason[:150]}")
+    where = torch.cuda.get_device_name() if on_gpu else "CPU"
+    print(f"{where}, torch {torch.__version__}, q {shape} {str(dtype)[6:]}; microseconds a call")
+    print(f"{'':20}" + "".join(f"{name:>10}" for name in contenders))
+    result: dict[str, dict[str, float]] = {}
+    for mode in MODES:
+        calls = {name: call_of(c, mode, tensors, args.causal) for name, c in contenders.items()}
+        for name in list(calls):
+            try:
+                host_us(calls[name], 10, on_gpu)  # the first calls compile, plan and allocate
+            except RuntimeError as error:
+                print(f"{mode}: without {name}: {str(error).splitlines()[0][:150]}")
+                del calls[name]
+        measured: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+        for _ in range(args.rounds):
+            for name in random.sample(list(calls), len(calls)):
+                measured[name].append(host_us(calls[name], args.iterations, on_gpu))
+        result[mode] = {n: statistics.median(us for us, _ in m) for n, m in measured.items()}
+        queued = {n: statistics.median(wait for _, wait in m) for n, m in measured.items()}
+        print(line_of(mode, {n: f"{us:.1f}" for n, us in result[mode].items()}, contenders))
+        if on_gpu:
+            print(line_of("  queued", {n: f"{q:.0%}" for n, q in queued.items()}, contenders))
+    if args.json:
+        args.json.write_text(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,88 @@
+"""Clocks, interleaved rounds, and the two rates that bound every kernel on the machine at hand."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+Call = Callable[[], object]
+
+MOST_ITERATIONS = 200  # in one round
+
+
+class Clock(Protocol):
+    def ms(self, call: Call, iterations: int) -> float:
+        """Mean milliseconds of a call over `iterations` of them."""
+
+
+class CudaClock:
+    """Time on the GPU between two events."""
+
+    def ms(self, call: Call, iterations: int) -> float:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        for _ in range(iterations):
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / iterations
+
+
+class WallClock:
+    def ms(self, call: Call, iterations: int) -> float:
+        start = time.perf_counter()
+        for _ in range(iterations):
+            call()
+        return 1e3 * (time.perf_counter() - start) / iterations
+
+
+def clock_for(device: str) -> Clock:
+    return CudaClock() if device == "cuda" else WallClock()
+
+
+def interleaved(
+    calls: Mapping[str, Call], clock: Clock, *, rounds: int, target_ms: float
+) -> dict[str, float]:
+    """Median milliseconds of every call.
+
+    Each round times all of them, in random order so that none always follows the one that heats
+    the machine most, and as often as fits in `target_ms`.
+    """
+    iterations = {}
+    for name, call in calls.items():
+        call()  # the first call may compile or plan
+        once = max(clock.ms(call, 1), 1e-4)
+        iterations[name] = max(1, min(MOST_ITERATIONS, int(target_ms / once)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name in random.sample(list(calls), len(calls)):
+            times[name].append(clock.ms(calls[name], iterations[name]))
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """What the machine reaches on a large matrix product and on a large copy, in the same run."""
+
+    flop_per_ms: float
+    bytes_per_ms: float
+
+    def least_ms(self, flop: float, least_bytes: int) -> float:
+        return max(flop / self.flop_per_ms, least_bytes / self.bytes_per_ms)
+
+
+def measure_roofline(device: str, dtype: torch.dtype, clock: Clock) -> Roofline:
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty(2**30 if device == "cuda" else 2**26, device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    calls: dict[str, Call] = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    ms = interleaved(calls, clock, rounds=5, target_ms=20.0)
+    return Roofline(2.0 * size**3 / ms["matmul"], 2.0 * source.numel() / ms["copy"])
