@@ -1,4 +1,8 @@
 // The kernels for any machine: four lanes, lowered by the compiler to SSE2, NEON or scalar code.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
 #include "cpu/kernel_table.h"
 
 namespace flash::cpu {
@@ -8,8 +12,7 @@ struct Portable : VectorOps<4> {
 #if defined(__aarch64__)
   [[gnu::always_inline]]
   static Float fma(Float a, Float b, Float c) {
-    return {__builtin_fmaf(a[0], b[0], c[0]), __builtin_fmaf(a[1], b[1], c[1]),
-            __builtin_fmaf(a[2], b[2], c[2]), __builtin_fmaf(a[3], b[3], c[3])};
+    return Float(vfmaq_f32(float32x4_t(c), float32x4_t(a), float32x4_t(b)));
   }
   [[gnu::always_inline]]
   static float scalar_fma(float a, float b, float c) {
