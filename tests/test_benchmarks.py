@@ -1,0 +1,237 @@
+"""The arithmetic of the benchmarks, their check of results, and a small run of each on CPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+
+
+class FakeClock:
+    """Takes the time that a call returns for the call's time."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def ms(self, call: Any, iterations: int) -> float:
+        self.calls += iterations
+        return float(call())
+
+
+def run_script(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, str(FOLDER / name), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_costs_of_a_problem() -> None:
+    from problems import Problem
+
+    problem = Problem(2, 100, 200, 8, 2, 64)
+    pairs = sum(2 * 100 * 200 * 64 for _ in range(2 * 8))  # of one product, by batch and head
+    assert problem.flop("fwd") == 2 * pairs
+    assert problem.flop("bwd") == 5 * pairs
+    assert Problem(2, 100, 200, 8, 2, 64, causal=True).flop("fwd") == pairs
+    q, k, v, dout = problem.tensors("cpu", torch.float16)
+    forward = [q, k, v, dout]  # out is like dout
+    assert problem.least_bytes("fwd", 2) == sum(2 * x.numel() for x in forward)
+    backward = [q, k, v, dout, dout, q, k, v]  # out and dout in, gradients out
+    assert problem.least_bytes("bwd", 2) == sum(2 * x.numel() for x in backward)
+
+
+def test_paper_grid_keeps_tokens_and_width() -> None:
+    from problems import grid
+
+    problems = grid("paper", "0,1")
+    assert len(set(problems)) == 36
+    for problem in problems:
+        assert problem.batch_size * problem.seqlen_q == 16384
+        assert problem.num_heads * problem.head_dim == 2048
+    assert sum(problem.causal for problem in problems) == 18
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("rows", [5, 64])
+def test_reference_is_what_autograd_gives(causal: bool, rows: int) -> None:
+    from contenders import reference
+
+    q, dout = (torch.randn(24, 3, 16) for _ in range(2))
+    k, v = (torch.randn(24, 16) for _ in range(2))
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    heads = [x.unsqueeze(1).expand(-1, 3, -1) if x.dim() == 2 else x for x in inputs]
+    out = F.scaled_dot_product_attention(
+        *(x.transpose(0, 1) for x in heads), is_causal=causal
+    ).transpose(0, 1)
+    out.backward(dout)
+    result = reference(q, k, v, dout, causal, rows=rows)
+    for got, want in zip(result.values(), (out, *(x.grad for x in inputs)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_interleaved_medians_and_bounds() -> None:
+    from timing import MOST_ITERATIONS, interleaved
+
+    slow = iter([0.0, 9.0, *([5.0] * 3), 100.0, 5.0, 5.0])  # warm-up, estimate, rounds
+    calls = {"slow": lambda: next(slow), "fast": lambda: 1e-6}
+    clock = FakeClock()
+    assert interleaved(calls, clock, rounds=5, target_ms=10.0) == {"slow": 5.0, "fast": 1e-6}
+    assert clock.calls == 1 + 5 + 1 + 5 * MOST_ITERATIONS
+
+
+def test_roofline_is_the_slower_bound() -> None:
+    from timing import Roofline
+
+    roofline = Roofline(flop_per_ms=100.0, bytes_per_ms=10.0)
+    assert roofline.least_ms(1000.0, 50) == 10.0
+    assert roofline.least_ms(100.0, 50) == 5.0
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    base = {
+        "mode": "fwd",
+        "name": "1x64 h2 d32",
+        "problem": {"head_dim": 32, "causal": False, "seqlen_q": 64},
+        "tflops": {"ours": 300.0, "fa2": 150.0, "cudnn": 400.0},
+        "ms": {"ours": 2.0, "fa2": 4.0, "cudnn": 1.5},
+        "least_ms": 1.0,
+        "errors": {"ours": 2e-3, "fa2": 2e-3, "cudnn": 2e-3},
+        "wrong": [],
+        "failures": {},
+    }
+    return base | changes
+
+
+def test_ratios_of_a_row() -> None:
+    from tables import best_other, ratio, roofline_share, row_text
+
+    assert best_other(row()) == "cudnn"
+    assert ratio(row(), "cudnn") == 0.75
+    assert ratio(row(), "fa2") == 2.0
+    assert roofline_share(row()) == 0.5
+    text = row_text(row(), ["ours", "fa2", "cudnn", "fa3"])
+    assert text.split() == "fwd 1x64 h2 d32 300 150 400 - | 0.75 2.00 50% 2e-03".split()
+
+
+def test_a_wrong_contender_is_no_bar_and_is_named() -> None:
+    from tables import best_other, row_text, summary
+
+    wrong = row(wrong=["cudnn"])
+    assert best_other(wrong) == "fa2"
+    assert "WRONG: cudnn" in row_text(wrong, ["ours", "fa2", "cudnn"])
+    assert "WRONG results from cudnn" in summary({"rows": [wrong]})
+
+
+def test_summary_has_geometric_means_minima_and_reasons() -> None:
+    from tables import summary
+
+    better = row(tflops={"ours": 400.0, "fa2": 50.0}, failures={"cudnn": "RuntimeError: no plan"})
+    text = summary({"rows": [row(), better]})
+    ratios = math.sqrt(0.75 * 8), math.sqrt(2.0 * 8)
+    assert f"/best {ratios[0]:.3f} (min 0.75)  /fa2 {ratios[1]:.3f} (min 2.00)" in text
+    assert "no figure, cudnn: RuntimeError: no plan (1 rows)" in text
+
+
+def test_wrong_and_failing_contenders_are_found() -> None:
+    from bench_attention import measure
+    from contenders import sampled_references, sdpa
+    from problems import Problem
+    from timing import Roofline, WallClock
+
+    def fails(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no kernel\nlong explanation")
+
+    right = sdpa()
+    contenders = {
+        "ours": right,
+        "scaled": lambda q, k, v, causal: right(1.1 * q, k, v, causal),
+        "nan": lambda q, k, v, causal: right(q, k, v, causal) * math.nan,
+        "fails": fails,
+    }
+    problem = Problem(1, 40, 40, 4, 2, 16, causal=True)
+    tensors = problem.tensors("cpu", torch.float32)
+    references = sampled_references(problem, *tensors)
+    for mode in ("fwd", "bwd"):
+        measured = measure(
+            problem,
+            mode,
+            contenders,
+            tensors,
+            references,
+            clock=WallClock(),
+            roofline=Roofline(1.0, 1.0),
+            rounds=1,
+            target_ms=0.1,
+        )
+        assert measured["wrong"] == ["scaled", "nan"]
+        assert measured["failures"] == {"fails": "RuntimeError: no kernel"}
+        assert measured["errors"]["ours"] < 1e-5
+
+
+def test_attention_side_by_side_on_cpu(tmp_path: Path) -> None:
+    saved, prefix = tmp_path / "run.json", tmp_path / "run"
+    options = "--device cpu --contenders ours,sdpa --grid tiny --dtype float32 --causal 1".split()
+    result = run_script(
+        "bench_attention.py", *options, "--target-ms", "1", "--rounds", "1", "--json", str(saved)
+    )
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(saved.read_text())["rows"]
+    assert [(r["mode"], r["name"]) for r in rows] == [
+        (mode, name)
+        for name in ("1x64 h2/1 d32 causal", "2x40 h2 d16 causal")
+        for mode in ("fwd", "bwd")
+    ]
+    assert all(set(r["tflops"]) == {"ours", "sdpa"} for r in rows)
+    pytest.importorskip("matplotlib")
+    again = run_script("bench_attention.py", "--from", str(saved), "--png", str(prefix))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[1:5] == result.stdout.splitlines()[2:6]
+    assert (tmp_path / "run-bwd.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_names_are_refused() -> None:
+    result = run_script("bench_attention.py", "--grid", "paper,nosuch")
+    assert result.returncode == 2
+    assert "--grid: expected names out of paper" in result.stderr
+
+
+def test_host_time_on_cpu(tmp_path: Path) -> None:
+    saved = tmp_path / "host.json"
+    result = run_script(
+        "host_time.py",
+        "--device",
+        "cpu",
+        "--rounds",
+        "2",
+        "--iterations",
+        "5",
+        "--json",
+        str(saved),
+    )
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(saved.read_text())
+    assert list(figures) == ["no grad", "forward with grad", "forward + backward"]
+    assert all(1.0 < us < 1e6 for mode in figures.values() for us in mode.values())
+
+
+def test_cpu_ratio_can_fail_the_run() -> None:
+    options = "--seqlen 64 --heads 2 --heads-k 1 --head-dim 16 --dtypes float32 --rounds 1".split()
+    result = run_script("bench_cpu.py", *options, "--target-ms", "1", "--most", "1000")
+    assert result.returncode == 0, result.stderr
+    assert "WRONG" not in result.stdout
+    result = run_script("bench_cpu.py", *options, "--target-ms", "1", "--most", "0")
+    assert result.returncode == 1, result.stderr
