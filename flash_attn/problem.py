@@ -127,17 +127,13 @@ def scale_of(softmax_scale: float | None, head_dim: int) -> float:
     return scale
 
 
-def _window_bound(bound: SupportsIndex) -> int:
-    number = operator.index(bound)
-    if number < -1:
-        _reject("window_size", "two integers, each -1 (unbounded) or more", number)
-    return number
-
-
 def window_of(causal: bool, window_size: Sequence[SupportsIndex]) -> tuple[int, int]:
     """(window_left, window_right) of the mask, -1 for unbounded. Elements may be 0-d tensors."""
-    if len(window_size) != 2:
-        _reject("window_size", "two integers", window_size)
-    left = _window_bound(window_size[0])
-    right = _window_bound(window_size[1])
+    try:
+        left, right = window_size
+        left, right = operator.index(left), operator.index(right)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"window_size: expected two integers, got {window_size}") from None
+    if left < -1 or right < -1:
+        _reject("window_size", "two integers, each -1 (unbounded) or more", (left, right))
     return left, 0 if causal else right
