@@ -1,7 +1,7 @@
 // The problem statement that every backend reads: plain structs of small groups.
 //
-// Glossary: seqlen_q, seqlen_k tokens of queries and keys; num_heads query heads; num_heads_k key and
-// value heads (num_heads % num_heads_k == 0, query head h reads key head h / (num_heads /
+// Glossary: seqlen_q, seqlen_k tokens of queries and keys; num_heads query heads; num_heads_k key
+// and value heads (num_heads % num_heads_k == 0, query head h reads key head h / (num_heads /
 // num_heads_k)); head_dim columns. Strides are in elements, the last dimension is contiguous.
 #pragma once
 
@@ -14,7 +14,9 @@ namespace flash {
 enum class DType : uint8_t { kFp16, kBf16, kFp32 };
 
 /// Bytes of one element.
-FLASH_HD constexpr int element_size(DType dtype) { return dtype == DType::kFp32 ? 4 : 2; }
+FLASH_HD constexpr int element_size(DType dtype) {
+  return dtype == DType::kFp32 ? 4 : 2;
+}
 
 /// A (batch, seqlen, heads, head_dim) tensor.
 struct Strided {
@@ -52,8 +54,8 @@ struct ForwardParams {
 };
 
 /// Gradients by recomputation from softmax_lse. With P the probabilities and dP = dout v^T:
-///   dv = P^T dout;  dS = P * (dP - softmax_d);  dq = softmax_scale dS k;  dk = softmax_scale dS^T q,
-///   softmax_d = rowsum(dout * out) - dlse.
+///   dv = P^T dout;  dS = P * (dP - softmax_d);  dq = softmax_scale dS k;  dk = softmax_scale dS^T
+///   q, softmax_d = rowsum(dout * out) - dlse.
 struct BackwardParams {
   Strided q, k, v, out, dout;  // as in ForwardParams; dout like out
   Strided dq, dk, dv;          // like q, k, v; every element is written
@@ -64,7 +66,7 @@ struct BackwardParams {
   Mask mask;
   float softmax_scale;
   bool deterministic;  // dq bit-equal from run to run (dk and dv always are)
-  void* workspace;     // scratch of the backend's workspace size, 256-byte aligned; may be null if 0
+  void* workspace;  // scratch of the backend's workspace size, 256-byte aligned; may be null if 0
 };
 
 }  // namespace flash

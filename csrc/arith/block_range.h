@@ -23,8 +23,8 @@ struct TileGrid {
   FLASH_HD constexpr int num_n_blocks() const { return ceil_div(seqlen_k, tile_n); }
 };
 
-/// Key tiles with at least one key that some row of query tile m_block attends to. Interior tiles of
-/// the range may be fully masked only where seqlen_q x seqlen_k leaves rows without keys.
+/// Key tiles with at least one key that some row of query tile m_block attends to. Interior tiles
+/// of the range may be fully masked only where seqlen_q x seqlen_k leaves rows without keys.
 FLASH_HD constexpr BlockRange n_block_range(TileGrid const& grid, int m_block) {
   int const row_first = m_block * grid.tile_m;
   int const row_last = imin(row_first + grid.tile_m, grid.seqlen_q) - 1;
@@ -37,8 +37,8 @@ FLASH_HD constexpr BlockRange n_block_range(TileGrid const& grid, int m_block) {
   return {begin / grid.tile_n, ceil_div(end, grid.tile_n)};
 }
 
-/// Key tiles of which every (row, key) pair inside the query tile is visible: no element mask needed.
-/// A subrange of n_block_range.
+/// Key tiles of which every (row, key) pair inside the query tile is visible: no element mask
+/// needed. A subrange of n_block_range.
 FLASH_HD constexpr BlockRange full_n_block_range(TileGrid const& grid, int m_block) {
   int const row_first = m_block * grid.tile_m;
   int const row_last = imin(row_first + grid.tile_m, grid.seqlen_q) - 1;
@@ -51,7 +51,9 @@ FLASH_HD constexpr BlockRange full_n_block_range(TileGrid const& grid, int m_blo
 
 /// The mask seen from the keys: query rows i that attend to key j are
 /// [j - offset - right, j - offset + left], offset = seqlen_k - seqlen_q.
-FLASH_HD constexpr Mask transposed(Mask mask) { return {mask.window_right, mask.window_left}; }
+FLASH_HD constexpr Mask transposed(Mask mask) {
+  return {mask.window_right, mask.window_left};
+}
 
 /// Query tiles with at least one row that attends to some key of key tile n_block.
 FLASH_HD constexpr BlockRange m_block_range(TileGrid const& grid, int n_block) {

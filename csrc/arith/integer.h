@@ -11,13 +11,21 @@
 
 namespace flash {
 
-FLASH_HD constexpr int imin(int a, int b) { return a < b ? a : b; }
-FLASH_HD constexpr int imax(int a, int b) { return a > b ? a : b; }
+FLASH_HD constexpr int imin(int a, int b) {
+  return a < b ? a : b;
+}
+FLASH_HD constexpr int imax(int a, int b) {
+  return a > b ? a : b;
+}
 
 /// Smallest integer >= a / b, for a >= 0 and b > 0.
-FLASH_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+FLASH_HD constexpr int ceil_div(int a, int b) {
+  return (a + b - 1) / b;
+}
 
 /// Smallest multiple of b that is >= a, for a >= 0 and b > 0.
-FLASH_HD constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+FLASH_HD constexpr int round_up(int a, int b) {
+  return ceil_div(a, b) * b;
+}
 
 }  // namespace flash

@@ -20,9 +20,9 @@ struct KeyRange {
   int end;
 };
 
-/// Keys that query row i attends to: [i + seqlen_k - seqlen_q - left, i + seqlen_k - seqlen_q + right],
-/// cut to [0, seqlen_k). May be empty (end <= begin). int64 inside: a bound near INT_MAX is a legal
-/// way to say "unbounded".
+/// Keys that query row i attends to: [i + seqlen_k - seqlen_q - left, i + seqlen_k - seqlen_q +
+/// right], cut to [0, seqlen_k). May be empty (end <= begin). int64 inside: a bound near INT_MAX is
+/// a legal way to say "unbounded".
 FLASH_HD constexpr KeyRange visible_keys(Mask mask, int i, int seqlen_q, int seqlen_k) {
   int64_t const diagonal = int64_t(i) + seqlen_k - seqlen_q;
   int64_t begin = mask.window_left < 0 ? 0 : diagonal - mask.window_left;

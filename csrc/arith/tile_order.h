@@ -10,10 +10,11 @@ struct Tile {
   int batch_head;  // batch * num_heads + head
 };
 
-/// A permutation of num_blocks x num_batch_heads tiles. Batch-heads are cut into sections small enough
-/// for their shared operand (K, V or Q, dO) to stay in L2; inside a section the block is the slow
-/// index, so that with `descending` (causal: later query tiles see more keys) the longest work of a
-/// section starts first. heads_per_section == 1 walks the blocks of one head before the next head.
+/// A permutation of num_blocks x num_batch_heads tiles. Batch-heads are cut into sections small
+/// enough for their shared operand (K, V or Q, dO) to stay in L2; inside a section the block is the
+/// slow index, so that with `descending` (causal: later query tiles see more keys) the longest work
+/// of a section starts first. heads_per_section == 1 walks the blocks of one head before the next
+/// head.
 struct TileOrder {
   int num_blocks;
   int num_batch_heads;

@@ -27,8 +27,9 @@ struct ForwardConfig {
   friend constexpr bool operator==(ForwardConfig const&, ForwardConfig const&) = default;
 };
 
-/// Rows of one dtype; rows of one (arch, head_dim) are in order of preference, and the first that fits
-/// the device's shared memory is taken (163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on sm_90).
+/// Rows of one dtype; rows of one (arch, head_dim) are in order of preference, and the first that
+/// fits the device's shared memory is taken (163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on
+/// sm_90).
 template <DType kDType>
 inline constexpr ForwardConfig kForwardRows[] = {
     // clang-format off

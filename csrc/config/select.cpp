@@ -24,8 +24,8 @@ std::string reason_against(Config const& row, KernelRequest const& request) {
     return "head_dim is at most " + std::to_string(row.head_dim);
   }
   if (row.smem_bytes() > request.smem_bytes) {
-    return "needs " + std::to_string(row.smem_bytes()) + " bytes of shared memory, the device has " +
-           std::to_string(request.smem_bytes);
+    return "needs " + std::to_string(row.smem_bytes()) +
+           " bytes of shared memory, the device has " + std::to_string(request.smem_bytes);
   }
   return "";
 }

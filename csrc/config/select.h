@@ -9,7 +9,8 @@
 
 namespace flash {
 
-/// What a row is chosen by. smem_bytes is the shared memory that the device grants one thread block.
+/// What a row is chosen by. smem_bytes is the shared memory that the device grants one thread
+/// block.
 struct KernelRequest {
   int compute_capability;  // 80, 86, 90, ...
   DType dtype;

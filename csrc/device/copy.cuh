@@ -38,10 +38,10 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
 
 /// The rows of one (batch, head) of a strided tensor.
 struct GlobalRows {
-  char* ptr;            // row 0, column 0
-  int64_t row_bytes;    // bytes from row to row
-  int num_rows;         // rows past these are not touched
-  int num_cols;         // columns past these are not touched; a multiple of 8
+  char* ptr;          // row 0, column 0
+  int64_t row_bytes;  // bytes from row to row
+  int num_rows;       // rows past these are not touched
+  int num_cols;       // columns past these are not touched; a multiple of 8
 
   __device__ __forceinline__ GlobalRows(Strided const& tensor, int batch, int head, int num_rows,
                                         int num_cols)
@@ -64,7 +64,8 @@ struct TileCopy {
                                               int first_row, int thread_idx) {
     int const row = thread_idx / kChunksPerRow;
     int const col = thread_idx % kChunksPerRow * 8;
-    static_assert(Tile::kRows % kRowsPerPass == 0 || kPasses == 1, "whole passes, or a part of one");
+    static_assert(Tile::kRows % kRowsPerPass == 0 || kPasses == 1,
+                  "whole passes, or a part of one");
     if (kRowsPerPass > Tile::kRows && row >= Tile::kRows) {
       return;
     }
@@ -85,8 +86,8 @@ struct TileCopy {
     }
   }
 
-  /// Stores tile rows [tile_row, tile_row + kRows) to the same rows of `target` from first_row on, cut
-  /// to its extent.
+  /// Stores tile rows [tile_row, tile_row + kRows) to the same rows of `target` from first_row on,
+  /// cut to its extent.
   template <int kRows = Tile::kRows>
   static __device__ __forceinline__ void store(uint32_t tile_address, int tile_row,
                                                GlobalRows const& target, int first_row,

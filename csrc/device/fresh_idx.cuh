@@ -1,6 +1,6 @@
-// Thread and block indices that are read anew at every call. Values derived from them are then computed
-// where they are used instead of being held in registers across the main loop: the 128-wide kernels
-// need all 255 registers and spilled loop invariants otherwise (nvcc 13.0).
+// Thread and block indices that are read anew at every call. Values derived from them are then
+// computed where they are used instead of being held in registers across the main loop: the
+// 128-wide kernels need all 255 registers and spilled loop invariants otherwise (nvcc 13.0).
 #pragma once
 
 #include "params.h"

@@ -1,7 +1,8 @@
-// Warp-wide matrix products of 16 x 16 x 16 pieces (mma.sync m16n8k16, ldmatrix), fp32 accumulators.
+// Warp-wide matrix products of 16 x 16 x 16 pieces (mma.sync m16n8k16, ldmatrix), fp32
+// accumulators.
 //
-// Fragment of an accumulator piece (16 rows x 8 columns), lane = 4 * g + t: elements 0, 1 are row g,
-// columns 2t, 2t + 1; elements 2, 3 the same columns of row g + 8.
+// Fragment of an accumulator piece (16 rows x 8 columns), lane = 4 * g + t: elements 0, 1 are row
+// g, columns 2t, 2t + 1; elements 2, 3 the same columns of row g + 8.
 #pragma once
 
 #include <cute/arch/mma_sm80.hpp>
@@ -12,8 +13,8 @@
 
 namespace flash {
 
-/// Operand registers of one 16 x 16 piece. As B operand, registers 0, 1 feed its first eight columns
-/// and 2, 3 its last eight.
+/// Operand registers of one 16 x 16 piece. As B operand, registers 0, 1 feed its first eight
+/// columns and 2, 3 its last eight.
 struct Piece {
   uint32_t r[4];
 };
@@ -50,9 +51,9 @@ __device__ __forceinline__ Piece load_piece(PieceReader<Tile, kOperand> const& r
   return p;
 }
 
-/// acc[m][2n, 2n + 1] += sum over k of load_a(m, k) * load_b(n, k), pieces of 16. Operands are loaded
-/// kAhead pieces of B (one k-step of A) before the products that use them: enough to cover ldmatrix's
-/// latency at the fewest registers.
+/// acc[m][2n, 2n + 1] += sum over k of load_a(m, k) * load_b(n, k), pieces of 16. Operands are
+/// loaded kAhead pieces of B (one k-step of A) before the products that use them: enough to cover
+/// ldmatrix's latency at the fewest registers.
 template <DType kDType, int kPiecesK, int kPiecesM, int kHalfPiecesN, class LoadA, class LoadB>
 __device__ __forceinline__ void warp_gemm(float (&acc)[kPiecesM][kHalfPiecesN][4],
                                           LoadA const& load_a, LoadB const& load_b) {

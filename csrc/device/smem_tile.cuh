@@ -1,13 +1,13 @@
-// A (rows, columns) tile of 16-bit elements in shared memory, swizzled so that the eight 16-byte rows
-// of an ldmatrix and the eight lanes of a 128-byte copy fall into different banks.
+// A (rows, columns) tile of 16-bit elements in shared memory, swizzled so that the eight 16-byte
+// rows of an ldmatrix and the eight lanes of a 128-byte copy fall into different banks.
 #pragma once
 
 #include "device/fresh_idx.cuh"
 
 namespace flash {
 
-/// The tile is cut into column blocks of 64 (or 32) columns; a block stores its rows one after another.
-/// Inside a row the 16-byte chunk c lies at place c ^ swizzle(row).
+/// The tile is cut into column blocks of 64 (or 32) columns; a block stores its rows one after
+/// another. Inside a row the 16-byte chunk c lies at place c ^ swizzle(row).
 template <int kRows_, int kCols_>
 struct SmemTile {
   static constexpr int kRows = kRows_, kCols = kCols_;
@@ -38,10 +38,11 @@ enum class Operand {
   kBTransposed,  // tile rows are N, tile columns K
 };
 
-/// One lane's ldmatrix addresses into a tile. The lane that points at a row of an 8 x 8 matrix is chosen
-/// so that the four result registers come in mma's operand order; moving them costs an instruction each.
-/// Warps that share a dimension take its 16 x 16 pieces in turn (warp w of W: pieces w, w + W, ...), so
-/// a piece's column is a lane constant plus a multiple of 16 * W and never carries into it.
+/// One lane's ldmatrix addresses into a tile. The lane that points at a row of an 8 x 8 matrix is
+/// chosen so that the four result registers come in mma's operand order; moving them costs an
+/// instruction each. Warps that share a dimension take its 16 x 16 pieces in turn (warp w of W:
+/// pieces w, w + W, ...), so a piece's column is a lane constant plus a multiple of 16 * W and
+/// never carries into it.
 template <class Tile, Operand kOperand>
 struct PieceReader {
   uint32_t row_address;

@@ -50,8 +50,8 @@ __device__ __forceinline__ void apply_mask(float (&scores)[kM][kN][4], PiecePlac
   }
 }
 
-/// Running maximum and sum of the rows of kM accumulator pieces. The sum is kept per lane and reduced
-/// over the quad once, at the end.
+/// Running maximum and sum of the rows of kM accumulator pieces. The sum is kept per lane and
+/// reduced over the quad once, at the end.
 template <int kM>
 struct OnlineSoftmax {
   float row_max[kM][2];  // of the unscaled scores

@@ -1,16 +1,18 @@
-// Backward attention of the sm80 family, main kernel: dk and dv of one key tile, and its share of dq.
+// Backward attention of the sm80 family, main kernel: dk and dv of one key tile, and its share of
+// dq.
 //
-// A thread block owns tile_n keys of one (batch, key head) and walks the visible query tiles of every
-// query head of the group, so dk and dv are summed in registers over the whole group: no atomics, equal
-// bits in every run. P is recomputed from softmax_lse. Per query tile:
+// A thread block owns tile_n keys of one (batch, key head) and walks the visible query tiles of
+// every query head of the group, so dk and dv are summed in registers over the whole group: no
+// atomics, equal bits in every run. P is recomputed from softmax_lse. Per query tile:
 //
-//   wait Q, dO | S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - softmax_d) | P, dS to shared
-//   memory | barrier | dV += P^T dO, dQ = dS K (added to the fp32 sums in the workspace), dK += dS^T Q
+//   wait Q, dO | S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - softmax_d) | P, dS to
+//   shared memory | barrier | dV += P^T dO, dQ = dS K (added to the fp32 sums in the workspace), dK
+//   += dS^T Q
 //
 // dq sums lie in the order of the accumulator fragments (DqSums), so that a warp adds whole lines.
-// Deterministic: thread blocks take their tiles from a ticket counter, and the key tiles add to a query
-// tile in ascending order. A block waits only for smaller tickets, which are running: no deadlock.
-// Design note: docs/sm80.md.
+// Deterministic: thread blocks take their tiles from a ticket counter, and the key tiles add to a
+// query tile in ascending order. A block waits only for smaller tickets, which are running: no
+// deadlock. Design note: docs/sm80.md.
 #pragma once
 
 #include "arith/block_range.h"
@@ -46,7 +48,8 @@ struct BackwardTraits {
   static constexpr int kMDq = kConfig.tile_m / 16 / kWarpsMDq;
   static constexpr int kDDq = kHeadDim / 16 / kWarpsDDq;
   static_assert(kMS * kWarpsMS * 16 == kConfig.tile_m && kNS * kWarpsNS * 16 == kConfig.tile_n &&
-                    kNDkv * kWarpsNDkv * 16 == kConfig.tile_n && kDDkv * kWarpsDDkv * 16 == kHeadDim &&
+                    kNDkv * kWarpsNDkv * 16 == kConfig.tile_n &&
+                    kDDkv * kWarpsDDkv * 16 == kHeadDim &&
                     kMDq * kWarpsMDq * 16 == kConfig.tile_m && kDDq * kWarpsDDq * 16 == kHeadDim,
                 "every product's pieces divide over the warps");
 
@@ -56,7 +59,8 @@ struct BackwardTraits {
   static constexpr uint32_t kSmemDO = kSmemQ + kStages * TileQ::kBytes;
   static constexpr uint32_t kSmemP = kSmemDO + kStages * TileQ::kBytes;
   static constexpr uint32_t kSmemDS = kSmemP + TileS::kBytes;
-  static_assert(kSmemDS + TileS::kBytes == uint32_t(kConfig.smem_bytes()), "table and kernel agree");
+  static_assert(kSmemDS + TileS::kBytes == uint32_t(kConfig.smem_bytes()),
+                "table and kernel agree");
 };
 
 /// One visit of the walk: query tile m_block of query head `head`.
@@ -89,8 +93,8 @@ __device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileOr
   Shape const& shape = params.shape;
   Tile const tile = order.tile(tile_idx);
   int const head_k = tile.batch_head % shape.num_heads_k;
-  TileGrid const grid{Traits::kConfig.tile_m, Traits::kConfig.tile_n, shape.seqlen_q, shape.seqlen_k,
-                      params.mask};
+  TileGrid const grid{Traits::kConfig.tile_m, Traits::kConfig.tile_n, shape.seqlen_q,
+                      shape.seqlen_k, params.mask};
   return {tile.block, tile.batch_head / shape.num_heads_k, head_k, m_block_range(grid, tile.block),
           head_k * shape.query_heads_per_key_head()};
 }
@@ -122,7 +126,8 @@ __device__ __forceinline__ void scores(BackwardParams const& params, uint32_t sm
   using ReadKeys = PieceReader<typename Traits::TileK, Operand::kBTransposed>;
   Shape const& shape = params.shape;
   int const thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
-  int const warp_m = thread_idx / 32 % Traits::kWarpsMS, warp_n = thread_idx / 32 / Traits::kWarpsMS;
+  int const warp_m = thread_idx / 32 % Traits::kWarpsMS,
+            warp_n = thread_idx / 32 / Traits::kWarpsMS;
   int const first_row = visit.m_block * kConfig.tile_m + 16 * warp_m;
 
   float lse_log2[Traits::kMS][2], softmax_d[Traits::kMS][2];
@@ -184,17 +189,17 @@ __device__ __forceinline__ void scores(BackwardParams const& params, uint32_t sm
 
 /// acc += tile_s^T rows: dV with (P, dO), dK with (dS, Q).
 template <class Traits>
-__device__ __forceinline__ void accumulate_keys(
-    float (&acc)[Traits::kNDkv][2 * Traits::kDDkv][4], uint32_t tile_s, uint32_t rows) {
+__device__ __forceinline__ void accumulate_keys(float (&acc)[Traits::kNDkv][2 * Traits::kDDkv][4],
+                                                uint32_t tile_s, uint32_t rows) {
   int const thread_idx = fresh_thread_idx();
   int const warp_n = thread_idx / 32 % Traits::kWarpsNDkv;
   int const warp_d = thread_idx / 32 / Traits::kWarpsNDkv;
   PieceReader<typename Traits::TileS, Operand::kATransposed> const read_s(tile_s, 0, 16 * warp_n,
                                                                           thread_idx);
-  PieceReader<typename Traits::TileQ, Operand::kB> const read_rows(rows, 0, 16 * warp_d, thread_idx);
+  PieceReader<typename Traits::TileQ, Operand::kB> const read_rows(rows, 0, 16 * warp_d,
+                                                                   thread_idx);
   warp_gemm<Traits::kDType, Traits::kConfig.tile_m / 16>(
-      acc,
-      [&](int n, int k) { return load_piece(read_s, 16 * k, 16 * Traits::kWarpsNDkv * n); },
+      acc, [&](int n, int k) { return load_piece(read_s, 16 * k, 16 * Traits::kWarpsNDkv * n); },
       [&](int d, int k) { return load_piece(read_rows, 16 * k, 16 * Traits::kWarpsDDkv * d); });
 }
 
@@ -202,23 +207,24 @@ __device__ __forceinline__ void accumulate_keys(
 template <class Traits>
 __device__ __forceinline__ void add_dq(DqSums const& sums, uint32_t smem, int m_block) {
   int const thread_idx = fresh_thread_idx();
-  int const warp_m = thread_idx / 32 % Traits::kWarpsMDq, warp_d = thread_idx / 32 / Traits::kWarpsMDq;
-  PieceReader<typename Traits::TileS, Operand::kA> const read_s(smem + Traits::kSmemDS, 16 * warp_m, 0,
-                                                                thread_idx);
-  PieceReader<typename Traits::TileK, Operand::kB> const read_k(smem + Traits::kSmemK, 0, 16 * warp_d,
-                                                                thread_idx);
+  int const warp_m = thread_idx / 32 % Traits::kWarpsMDq,
+            warp_d = thread_idx / 32 / Traits::kWarpsMDq;
+  PieceReader<typename Traits::TileS, Operand::kA> const read_s(smem + Traits::kSmemDS, 16 * warp_m,
+                                                                0, thread_idx);
+  PieceReader<typename Traits::TileK, Operand::kB> const read_k(smem + Traits::kSmemK, 0,
+                                                                16 * warp_d, thread_idx);
   float acc_dq[Traits::kMDq][2 * Traits::kDDq][4];
   clear(acc_dq);
   warp_gemm<Traits::kDType, Traits::kConfig.tile_n / 16>(
-      acc_dq,
-      [&](int m, int k) { return load_piece(read_s, 16 * Traits::kWarpsMDq * m, 16 * k); },
+      acc_dq, [&](int m, int k) { return load_piece(read_s, 16 * Traits::kWarpsMDq * m, 16 * k); },
       [&](int d, int k) { return load_piece(read_k, 16 * k, 16 * Traits::kWarpsDDq * d); });
 #pragma unroll
   for (int m = 0; m < Traits::kMDq; ++m) {
     int const piece_m = m_block * (Traits::kConfig.tile_m / 16) + warp_m + Traits::kWarpsMDq * m;
 #pragma unroll
     for (int d = 0; d < 2 * Traits::kDDq; ++d) {
-      sums.add(piece_m, 2 * (warp_d + d / 2 * Traits::kWarpsDDq) + d % 2, thread_idx % 32, acc_dq[m][d]);
+      sums.add(piece_m, 2 * (warp_d + d / 2 * Traits::kWarpsDDq) + d % 2, thread_idx % 32,
+               acc_dq[m][d]);
     }
   }
 }
@@ -240,8 +246,9 @@ __device__ __forceinline__ void store_keys(float const (&acc)[Traits::kNDkv][2 *
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         int const row = 16 * (warp_n + n * Traits::kWarpsNDkv) + half * 8 + lane_idx / 4;
-        store_shared(tile_address + TileK::offset(row, col),
-                     pack2<Traits::kDType>(acc[n][d][2 * half] * scale, acc[n][d][2 * half + 1] * scale));
+        store_shared(
+            tile_address + TileK::offset(row, col),
+            pack2<Traits::kDType>(acc[n][d][2 * half] * scale, acc[n][d][2 * half + 1] * scale));
       }
     }
   }
@@ -266,11 +273,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   int const num_visits = tile.num_visits(shape);
 
   CopyK::load(smem + Traits::kSmemK,
-              GlobalRows(params.k, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim), first_key,
-              threadIdx.x);
+              GlobalRows(params.k, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
+              first_key, threadIdx.x);
   CopyK::load(smem + Traits::kSmemV,
-              GlobalRows(params.v, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim), first_key,
-              threadIdx.x);
+              GlobalRows(params.v, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
+              first_key, threadIdx.x);
   cp_async_commit();
   if (num_visits > 0) {
     load_visit<Traits>(params, smem, tile.batch, tile.visit(0), 0);
@@ -296,7 +303,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     DqSums const sums = workspace.dq_sums(shape, tile.batch, visit.head);
     int* const turn = workspace.turn(shape, tile.batch, visit.head, visit.m_block);
     if (params.deterministic) {
-      TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
+      TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k,
+                          params.mask};
       wait_turn(turn, tile.n_block - n_block_range(grid, visit.m_block).min);
     }
     add_dq<Traits>(sums, smem, visit.m_block);

@@ -8,8 +8,8 @@
 
 namespace flash::sm80 {
 
-/// Early key tiles see the most query tiles under a causal mask and come first; sections hold the heads
-/// whose Q, dO and dq sums fill half of L2.
+/// Early key tiles see the most query tiles under a causal mask and come first; sections hold the
+/// heads whose Q, dO and dq sums fill half of L2.
 inline TileOrder backward_order(BackwardConfig const& config, BackwardParams const& params,
                                 Device const& device) {
   Shape const& shape = params.shape;
@@ -18,7 +18,8 @@ inline TileOrder backward_order(BackwardConfig const& config, BackwardParams con
   int64_t const bytes_per_head = int64_t(shape.query_heads_per_key_head()) * shape.seqlen_q *
                                  shape.head_dim * (2 * element_size(config.dtype) + 4);
   return {ceil_div(shape.seqlen_k, config.tile_n), num_batch_heads,
-          causal ? heads_per_section(bytes_per_head, device.l2_bytes / 2, num_batch_heads) : 1, false};
+          causal ? heads_per_section(bytes_per_head, device.l2_bytes / 2, num_batch_heads) : 1,
+          false};
 }
 
 template <BackwardConfig kConfig>
@@ -32,14 +33,14 @@ void launch_backward(BackwardParams const& params, Device const& device, Stream 
   TileOrder const order = backward_order(kConfig, params, device);
 
   flash::launch<preprocess_kernel<kConfig.dtype>>(
-      int64_t(batch_heads) * (softmax_d_rows(shape.seqlen_q) / kRowsPerBlock), kSideThreads, 0, stream,
-      params, workspace, int(num_counters(kConfig, shape)));
+      int64_t(batch_heads) * (softmax_d_rows(shape.seqlen_q) / kRowsPerBlock), kSideThreads, 0,
+      stream, params, workspace, int(num_counters(kConfig, shape)));
   flash::launch<backward_kernel<BackwardTraits<kConfig>>>(
-      int64_t(order.num_blocks) * order.num_batch_heads, kConfig.num_threads(), kConfig.smem_bytes(),
-      stream, params, order, workspace);
+      int64_t(order.num_blocks) * order.num_batch_heads, kConfig.num_threads(),
+      kConfig.smem_bytes(), stream, params, order, workspace);
   flash::launch<convert_dq_kernel<kConfig.dtype>>(
-      int64_t(batch_heads) * ceil_div(shape.seqlen_q, kRowsPerBlock), kSideThreads, 0, stream, params,
-      workspace);
+      int64_t(batch_heads) * ceil_div(shape.seqlen_q, kRowsPerBlock), kSideThreads, 0, stream,
+      params, workspace);
 }
 
 template <int kHeadDim>

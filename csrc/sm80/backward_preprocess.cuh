@@ -10,8 +10,8 @@ namespace flash::sm80 {
 constexpr int kRowsPerBlock = 16;  // query rows of a thread block: one row of dq pieces
 constexpr int kSideThreads = 128;
 
-/// softmax_d = rowsum(dout * out) - dlse, and clears the dq sums and counters. One thread block per 16
-/// rows of one (batch, head), eight lanes a row; rows past seqlen_q get softmax_d 0.
+/// softmax_d = rowsum(dout * out) - dlse, and clears the dq sums and counters. One thread block per
+/// 16 rows of one (batch, head), eight lanes a row; rows past seqlen_q get softmax_d 0.
 template <DType kDType>
 __global__ void __launch_bounds__(kSideThreads)
     preprocess_kernel(__grid_constant__ BackwardParams const params,
@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kSideThreads)
   }
 }
 
-/// dq = softmax_scale * sums, from accumulator fragments to rows. One thread block per 16 rows of one
-/// (batch, head).
+/// dq = softmax_scale * sums, from accumulator fragments to rows. One thread block per 16 rows of
+/// one (batch, head).
 template <DType kDType>
 __global__ void __launch_bounds__(kSideThreads)
     convert_dq_kernel(__grid_constant__ BackwardParams const params,
@@ -87,7 +87,8 @@ __global__ void __launch_bounds__(kSideThreads)
     for (int e = 0; e < 4; ++e) {
       value[e] = piece[DqSums::index(lane_idx, e)] * params.softmax_scale;
     }
-    uint32_t const pairs[2] = {pack2<kDType>(value[0], value[1]), pack2<kDType>(value[2], value[3])};
+    uint32_t const pairs[2] = {pack2<kDType>(value[0], value[1]),
+                               pack2<kDType>(value[2], value[3])};
     for (int half = 0; half < 2; ++half) {
       int const row = block * kRowsPerBlock + half * 8 + lane_idx / 4;
       if (row < shape.seqlen_q) {

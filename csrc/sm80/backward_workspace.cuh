@@ -5,8 +5,8 @@
 
 namespace flash::sm80 {
 
-/// fp32 dq sums of one (batch, head), in accumulator fragments of 16 rows x 8 columns: piece (m, d) is
-/// 32 lanes x 4 elements, so that a warp's addition touches whole lines.
+/// fp32 dq sums of one (batch, head), in accumulator fragments of 16 rows x 8 columns: piece (m, d)
+/// is 32 lanes x 4 elements, so that a warp's addition touches whole lines.
 struct DqSums {
   float* ptr;
   int pieces_d;  // head_dim of the kernel / 8
@@ -15,8 +15,8 @@ struct DqSums {
     return ptr + (int64_t(m) * pieces_d + d) * 128;
   }
 
-  /// Where element `e` of lane `lane_idx` lies. With vector reductions (sm_90) a lane's four elements
-  /// are neighbours; without them each of four scalar reductions covers 32 neighbours.
+  /// Where element `e` of lane `lane_idx` lies. With vector reductions (sm_90) a lane's four
+  /// elements are neighbours; without them each of four scalar reductions covers 32 neighbours.
   static __device__ __forceinline__ int index(int lane_idx, int e) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     return 4 * lane_idx + e;
@@ -43,10 +43,11 @@ struct DqSums {
 
 /// Layout of BackwardParams::workspace. Everything is cleared by the preprocess kernel.
 struct BackwardWorkspace {
-  float* dq;        // [batch, heads, softmax_d_rows(seqlen_q), head_dim of the kernel]
-  int* counters;    // [1 + batch * heads * query tiles]: the ticket counter, then one turn a query tile
-  int head_dim;     // of the kernel
-  int m_blocks;     // query tiles of a sequence
+  float* dq;      // [batch, heads, softmax_d_rows(seqlen_q), head_dim of the kernel]
+  int* counters;  // [1 + batch * heads * query tiles]: the ticket counter, then one turn a query
+                  // tile
+  int head_dim;   // of the kernel
+  int m_blocks;   // query tiles of a sequence
 
   __device__ __forceinline__ DqSums dq_sums(Shape const& shape, int batch, int head) const {
     int64_t const rows = softmax_d_rows(shape.seqlen_q);

@@ -1,10 +1,10 @@
 // Forward attention of the sm80 family: out = softmax(softmax_scale * q k^T, masked) v.
 //
-// A thread block owns tile_m query rows of one (batch, head) and walks the visible key tiles from the
-// last to the first, so that tiles which need the element mask come first under a causal mask. Each
-// warp owns the query-row pieces warp_idx, warp_idx + num_warps, ... of 16 rows: softmax needs no
-// exchange between warps, and P goes from accumulator to operand registers without shared memory.
-// Copies run under the arithmetic: V[n] under Q K[n]^T, K[n - 1] under softmax and P V[n].
+// A thread block owns tile_m query rows of one (batch, head) and walks the visible key tiles from
+// the last to the first, so that tiles which need the element mask come first under a causal mask.
+// Each warp owns the query-row pieces warp_idx, warp_idx + num_warps, ... of 16 rows: softmax needs
+// no exchange between warps, and P goes from accumulator to operand registers without shared
+// memory. Copies run under the arithmetic: V[n] under Q K[n]^T, K[n - 1] under softmax and P V[n].
 // Design note: docs/sm80.md.
 #pragma once
 
@@ -46,12 +46,13 @@ struct ForwardWarp {
   __device__ __forceinline__ ForwardWarp(uint32_t smem) : smem(smem) { clear(acc_o); }
 
   /// S = Q K^T.
-  __device__ __forceinline__ void scores(float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4]) {
+  __device__ __forceinline__ void scores(
+      float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4]) {
     int const thread_idx = fresh_thread_idx();
     PieceReader<typename Traits::TileQ, Operand::kA> const read_q(smem, 16 * (thread_idx / 32), 0,
                                                                   thread_idx);
-    PieceReader<typename Traits::TileK, Operand::kBTransposed> const read_k(smem + Traits::kSmemK, 0,
-                                                                            0, thread_idx);
+    PieceReader<typename Traits::TileK, Operand::kBTransposed> const read_k(smem + Traits::kSmemK,
+                                                                            0, 0, thread_idx);
     clear(acc_s);
     warp_gemm<kDType, Traits::kPiecesD>(
         acc_s, [&](int m, int k) { return load_piece(read_q, m * kRowStep, 16 * k); },
@@ -161,8 +162,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     cp_async_wait<0>();
     __syncthreads();  // V[n] is there; every warp is done with K[n]
     if (n_block > visible.min) {
-      CopyK::load(smem + Traits::kSmemK, k, (n_block - 1) * kConfig.tile_n,
-                  fresh_thread_idx());
+      CopyK::load(smem + Traits::kSmemK, k, (n_block - 1) * kConfig.tile_n, fresh_thread_idx());
       cp_async_commit();
     }
     if (n_block < full.min || n_block >= full.max) {

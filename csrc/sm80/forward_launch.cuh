@@ -7,8 +7,8 @@
 
 namespace flash::sm80 {
 
-/// Under a causal mask the longest tiles go first, in sections of heads whose K and V fill half of L2;
-/// otherwise all tiles are equal and one head's tiles run side by side.
+/// Under a causal mask the longest tiles go first, in sections of heads whose K and V fill half of
+/// L2; otherwise all tiles are equal and one head's tiles run side by side.
 inline TileOrder forward_order(ForwardConfig const& config, ForwardParams const& params,
                                Device const& device) {
   Shape const& shape = params.shape;
@@ -29,9 +29,9 @@ bool ForwardUnit<kHeadDim>::launch(ForwardConfig const& config, ForwardParams co
       return false;
     }
     TileOrder const order = forward_order(config, params, device);
-    flash::launch<forward_kernel<ForwardTraits<kRow>>>(int64_t(order.num_blocks) * order.num_batch_heads,
-                                                       kRow.num_threads(), kRow.smem_bytes(), stream,
-                                                       params, order);
+    flash::launch<forward_kernel<ForwardTraits<kRow>>>(
+        int64_t(order.num_blocks) * order.num_batch_heads, kRow.num_threads(), kRow.smem_bytes(),
+        stream, params, order);
     return true;
   };
   return any_compiled_row<kForwardRows<DType::kBf16>, kHeadDim>(try_row) ||

@@ -16,8 +16,8 @@ void launch_in_unit(Config const& config, LaunchUnit const& launch_unit) {
     return config.head_dim == kHeadDim && launch_unit.template operator()<kHeadDim>();
   };
   bool const launched = try_unit.template operator()<64>() || try_unit.template operator()<96>() ||
-                        try_unit.template operator()<128>() || try_unit.template operator()<192>() ||
-                        try_unit.template operator()<256>();
+                        try_unit.template operator()<128>() ||
+                        try_unit.template operator()<192>() || try_unit.template operator()<256>();
   if (!launched) {
     throw std::runtime_error("flash_attn: " + std::string(std::string_view(config.name())) +
                              " is not compiled into this build");

@@ -22,11 +22,12 @@ struct Device {
 void forward(ForwardConfig const& config, ForwardParams const& params, Device const& device,
              Stream stream);
 
-/// Bytes of BackwardParams::workspace: the fp32 dq sums (batch * heads * seqlen_q * head_dim, rounded up
-/// to tiles) and one counter per query tile.
+/// Bytes of BackwardParams::workspace: the fp32 dq sums (batch * heads * seqlen_q * head_dim,
+/// rounded up to tiles) and one counter per query tile.
 std::size_t backward_workspace_bytes(BackwardConfig const& config, Shape const& shape);
 
-/// Gradients in three launches: softmax_d (and a cleared workspace), the main kernel, dq conversion.
+/// Gradients in three launches: softmax_d (and a cleared workspace), the main kernel, dq
+/// conversion.
 void backward(BackwardConfig const& config, BackwardParams const& params, Device const& device,
               Stream stream);
 

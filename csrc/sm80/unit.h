@@ -12,8 +12,8 @@ namespace flash::sm80 {
 template <int kHeadDim>
 struct ForwardUnit {
   /// Launches `config`; false if it is not a row of this unit.
-  static bool launch(ForwardConfig const& config, ForwardParams const& params,
-                     Device const& device, Stream stream);
+  static bool launch(ForwardConfig const& config, ForwardParams const& params, Device const& device,
+                     Stream stream);
 };
 
 /// Every compiled row of kBackwardRows with this head_dim.
@@ -23,8 +23,8 @@ struct BackwardUnit {
                      Device const& device, Stream stream);
 };
 
-/// Calls try_row.template operator()<row>() for the compiled rows of `kRows` with this head_dim until
-/// one returns true.
+/// Calls try_row.template operator()<row>() for the compiled rows of `kRows` with this head_dim
+/// until one returns true.
 template <auto const& kRows, int kHeadDim, class TryRow>
 bool any_compiled_row(TryRow const& try_row) {
   auto visit = [&]<std::size_t kIdx>() {
