@@ -36,7 +36,8 @@ void mask_transposed(ForwardStrip const& strip, int key_begin, int keys) {
     for (int key = 0; key < keys; ++key) {
       float* const score = scores_t.at(key, row).data;
       Int const j = Int{} + (key_begin + key);
-      Isa::store(score, (j >= begin) & (j < end) ? Isa::load(score) : Isa::broadcast(-kInfinity));
+      Int const attends = (j >= begin) & (j < end);
+      Isa::store(score, attends ? Isa::load(score) : Isa::broadcast(-kInfinity));
     }
   }
 }

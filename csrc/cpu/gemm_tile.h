@@ -31,7 +31,6 @@ template <class Isa, AOrder kOrder, Update kUpdate>
 inline void gemm_block(Matrix a, Matrix b, Matrix c, int depth, float const* row_scale) {
   using Float = typename Isa::Float;
   Float acc[kMicroRows][2];
-#pragma GCC unroll 6
   for (int r = 0; r < kMicroRows; ++r) {
     float const* const c_row = c.data + r * c.stride;
     acc[r][0] = kUpdate == Update::kSet ? Float{} : Isa::load(c_row);
@@ -49,14 +48,12 @@ inline void gemm_block(Matrix a, Matrix b, Matrix c, int depth, float const* row
   for (int k = 0; k < depth; ++k, a_k += a_k_step, b_k += b.stride) {
     Float const b0 = Isa::load(b_k);
     Float const b1 = Isa::load(b_k + Isa::kWidth);
-#pragma GCC unroll 6
     for (int r = 0; r < kMicroRows; ++r) {
       Float const a_rk = Isa::broadcast(a_k[r * a_row_step]);
       acc[r][0] = Isa::fma(a_rk, b0, acc[r][0]);
       acc[r][1] = Isa::fma(a_rk, b1, acc[r][1]);
     }
   }
-#pragma GCC unroll 6
   for (int r = 0; r < kMicroRows; ++r) {
     Isa::store(c.data + r * c.stride, acc[r][0]);
     Isa::store(c.data + r * c.stride + Isa::kWidth, acc[r][1]);
