@@ -12,6 +12,9 @@ RUN := $(VENV)/bin/python
 TOOLS := $(VENV)/bin
 READY := $(VENV)/.ready
 
+# A compiler that warns of more than ours must not keep a user from `pip install`; here it fails.
+export FLASH_ATTN_WERROR := 1
+
 .DEFAULT_GOAL := build
 .PHONY: demo test test-gpu bench env build host kernels kernel-table check format wheel clean
 

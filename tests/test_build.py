@@ -122,6 +122,11 @@ def test_sources_without_archs_are_plain_cpp() -> None:
     assert not any(path.startswith("csrc/host/") for path in both)
 
 
+def test_warnings_fail_the_build_of_developers_only() -> None:
+    assert "-Werror" not in build_plan.cxx_flags({})
+    assert "-Werror" in build_plan.cxx_flags({"FLASH_ATTN_WERROR": "1"})
+
+
 def test_a_malformed_kernel_filter_is_refused() -> None:
     macros = dict(build_plan.define_macros((80,), {"FLASH_ATTN_KERNELS": "fwd/sm80,bwd"}))
     assert macros["FLASH_ATTN_KERNELS"] == '"fwd/sm80,bwd"'
