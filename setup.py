@@ -58,7 +58,8 @@ def fill_in(
     extension.library_dirs = list(torch_lib)
     extension.libraries = ["torch", "torch_cpu", "c10"]
     extension.extra_link_args = ["-Wl,--exclude-libs,ALL"]
-    cxx_flags = [*build_plan.cxx_flags(), "-fvisibility=hidden", *isystem(torch_include)]
+    cxx_flags = [*build_plan.cxx_flags(), *build_plan.module_facts(plan)]
+    cxx_flags += ["-fvisibility=hidden", *isystem(torch_include)]
     nvcc_flags: list[str] = []
     if plan.cuda_home:
         cxx_flags += isystem([str(plan.cuda_home / "include")])

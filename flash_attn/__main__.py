@@ -225,6 +225,8 @@ def text_of(report: Report) -> str:
     ]
     if not report.gpus:
         lines.append("gpu         none that PyTorch sees")
+    if build is not None:
+        lines.append(f"built with  torch {build['torch_version']}")
     if build is not None and build["cuda_archs"]:
         archs = ";".join(build["cuda_archs"])
         lines.append(f"built for   {archs} with CUDA {build['cuda_version']}")

@@ -24,6 +24,7 @@ class BuildInfo(TypedDict):
     """What the compiled module was built with."""
 
     version: str
+    torch_version: str  # whose headers; the module runs with any torch from 2.10 on
     cuda_version: str | None
     cuda_archs: list[str]  # ["80", "90"]; empty: CPU backend only
     kernels: str  # FLASH_ATTN_KERNELS of the build

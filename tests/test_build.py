@@ -127,6 +127,15 @@ def test_warnings_fail_the_build_of_developers_only() -> None:
     assert "-Werror" in build_plan.cxx_flags({"FLASH_ATTN_WERROR": "1"})
 
 
+def test_the_module_is_told_its_version_and_that_of_cuda(toolkit: Path) -> None:
+    from flash_attn import __version__
+
+    cpu = build_plan.module_facts(build_plan.Plan((), None, ""))
+    assert cpu == [f'-DFLASH_ATTN_VERSION="{__version__}"', '-DFLASH_ATTN_CUDA_VERSION=""']
+    gpu = build_plan.module_facts(build_plan.Plan((80,), toolkit.parent, ""))
+    assert gpu[1] == '-DFLASH_ATTN_CUDA_VERSION="13.0"'
+
+
 def test_a_malformed_kernel_filter_is_refused() -> None:
     macros = dict(build_plan.define_macros((80,), {"FLASH_ATTN_KERNELS": "fwd/sm80,bwd"}))
     assert macros["FLASH_ATTN_KERNELS"] == '"fwd/sm80,bwd"'

@@ -288,6 +288,35 @@ BAD_OP_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+def expanded(*sizes: int) -> Tensor:
+    """As large as it says without the memory."""
+    return torch.zeros(1, 1, 1, 16).expand(sizes)
+
+
+# Sizes that the kernels' 32-bit indices cannot count.
+TOO_LARGE: list[tuple[tuple[Tensor, Tensor], str]] = [
+    (
+        (expanded(1, 2**31 - 1, 1, 16), expanded(1, 1, 1, 16)),
+        "q: expected sizes up to 2147483392, got (1, 2147483647, 1, 16)",
+    ),
+    (
+        (expanded(1, 1, 1, 16), expanded(1, 2**31, 1, 16)),
+        "k: expected sizes up to 2147483392, got (1, 2147483648, 1, 16)",
+    ),
+    (
+        (expanded(2**16, 1, 2**16, 16), expanded(2**16, 1, 1, 16)),
+        "q: expected batch * heads up to 2147483392, got 4294967296",
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TOO_LARGE)))
+def test_sizes_beyond_the_kernels_indices(number: int) -> None:
+    (q, k), text = TOO_LARGE[number]
+    with pytest.raises(ValueError, match=exactly("flash_attn: " + text)):
+        flash_attn_func(q, k, k)
+
+
 @pytest.mark.parametrize("number", range(len(BAD_OP_ARGUMENTS)))
 def test_ops_check_their_arguments(number: int) -> None:
     replaced, text = BAD_OP_ARGUMENTS[number]

@@ -94,8 +94,12 @@ def test_the_module_fits_every_python_and_torch() -> None:
 
 def test_build_info_has_what_the_contract_says() -> None:
     info = ops.build_info()
-    assert set(info) == {"version", "cuda_version", "cuda_archs", "kernels", "rows"}
+    assert set(info) == {
+        *("version", "torch_version", "cuda_version", "cuda_archs", "kernels", "rows")
+    }
     assert info["version"] == flash_attn.__version__
+    release = re.match(r"2\.(\d+)\.\d+", info["torch_version"])
+    assert release is not None and int(release.group(1)) >= 10, info["torch_version"]
     assert isinstance(info["kernels"], str)
     assert bool(info["cuda_archs"]) == bool(info["rows"]) == (info["cuda_version"] is not None)
     for row in info["rows"]:

@@ -15,6 +15,7 @@ from flash_attn.__main__ import Backend, Gpu, Report
 
 BUILD: ops.BuildInfo = {
     "version": __version__,
+    "torch_version": "2.13.0",
     "cuda_version": "13.0",
     "cuda_archs": ["80", "90"],
     "kernels": "",
@@ -56,6 +57,7 @@ def test_text_names_version_torch_and_backends() -> None:
     assert result.returncode == 0, result.stderr
     assert f"flash_attn  {__version__}" in result.stdout
     assert torch.__version__ in result.stdout
+    assert f"built with  torch {ops.build_info()['torch_version']}\n" in result.stdout
     assert "backend     cpu: works" in result.stdout
 
 

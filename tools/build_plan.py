@@ -198,6 +198,23 @@ def define_macros(
     ]
 
 
+def module_facts(plan: Plan) -> list[str]:
+    """C++ flags with what the module reports of its build.
+
+    nvcc does not get them: a new version then recompiles no kernel.
+    """
+    version = re.search(
+        r'^__version__ = "(.+)"$', (ROOT / "flash_attn" / "version.py").read_text(), re.MULTILINE
+    )
+    if version is None:
+        raise RuntimeError("expected __version__ in flash_attn/version.py")
+    cuda_version = nvcc_version(plan.cuda_home) if plan.cuda_home else ""
+    return [
+        f'-DFLASH_ATTN_VERSION="{version.group(1)}"',
+        f'-DFLASH_ATTN_CUDA_VERSION="{cuda_version}"',
+    ]
+
+
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",

@@ -1,5 +1,7 @@
 #include "binding/build_info.h"
 
+#include <torch/csrc/stable/version.h>
+
 #include <string_view>
 
 #include "config/select.h"
@@ -90,6 +92,7 @@ std::string build_info() {
     archs.push_back(std::to_string(arch));
   }
   return "{\"version\": " + quoted(FLASH_ATTN_VERSION) +
+         ", \"torch_version\": " + quoted(TORCH_VERSION) +
          ", \"cuda_version\": " + (cuda_version.empty() ? "null" : quoted(cuda_version)) +
          ", \"cuda_archs\": " + json_list(archs) + ", \"kernels\": " + quoted(kKernelFilter) +
          ", \"rows\": " + json_list(compiled_rows()) + "}";

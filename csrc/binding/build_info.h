@@ -12,8 +12,8 @@ std::vector<int> const& cuda_archs();
 /// The same as the build was told, "80;90".
 std::string cuda_arch_list();
 
-/// JSON object: version, cuda_version (null without CUDA), cuda_archs, kernels (the filter), rows
-/// (names of the compiled kernels).
+/// JSON object: version, torch_version (of the headers), cuda_version (null without CUDA),
+/// cuda_archs, kernels (the filter), rows (names of the compiled kernels).
 std::string build_info();
 
 }  // namespace flash::binding

@@ -10,7 +10,10 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kMaxSize = std::numeric_limits<int>::max();
+constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
+
+/// Of any dimension: rounded up to whole tiles it still is an int.
+constexpr int64_t kMaxSize = kMaxInt - 255;
 
 template <class... Parts>
 [[noreturn]]
@@ -99,6 +102,8 @@ Shape checked_shape(Tensor const& q, Tensor const& k, Tensor const& v) {
   check(k.size(2) >= 1 && q.size(2) >= 1 && q.size(2) % k.size(2) == 0,
         "q: expected a number of heads that is a multiple of the ", k.size(2), " heads of k, got ",
         q.size(2));
+  check(q.size(0) * q.size(2) <= kMaxSize, "q: expected batch * heads up to ", kMaxSize, ", got ",
+        q.size(0) * q.size(2));
   return {int(q.size(0)), int(q.size(1)), int(k.size(1)),
           int(q.size(2)), int(k.size(2)), int(q.size(3))};
 }
@@ -141,7 +146,7 @@ float checked_scale(double softmax_scale) {
 }
 
 int window_bound(int64_t bound) {
-  return bound < 0 ? -1 : bound > kMaxSize ? int(kMaxSize) : int(bound);
+  return bound < 0 ? -1 : int(bound > kMaxInt ? kMaxInt : bound);
 }
 
 }  // namespace flash::binding
