@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -71,6 +73,12 @@ def make_inputs(
     v = torch.randn(case.batch, case.seqlen_k, case.heads_k, case.head_dim, device=device)
     q, k, v = (lay_out(tensor.to(dtype), case.layout).detach() for tensor in (q, k, v))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def make_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random dout and dlse, the gradients that come in for out and softmax_lse."""
+    dout = torch.randn(case.batch, case.seqlen_q, case.heads, case.head_dim, device=device)
+    return dout.to(dtype), torch.randn(case.batch, case.heads, case.seqlen_q, device=device)
 
 
 REGULAR = [
@@ -144,6 +152,9 @@ EDGE = [
     Case("rows_see_nothing_right", seqlen_q=200, seqlen_k=40, window=(10, 10), batch=1),
     Case("large_scores", scale=30.0, causal=True),
     Case("many_heads", heads=17, heads_k=17, seqlen_q=20, seqlen_k=20, batch=1),
+    # More than the 65535 that the second and third dimension of a CUDA grid can have.
+    Case("heads_66000", heads=66000, heads_k=33000, seqlen_q=3, seqlen_k=5, batch=1, head_dim=8),
+    Case("batch_66000", heads=1, heads_k=1, seqlen_q=5, seqlen_k=3, batch=66000, head_dim=8),
 ]
 
 # Served without a copy on CPU, through padding on CUDA.
@@ -156,4 +167,79 @@ ODD_HEAD_DIM = [
     Case("head_dim_255", head_dim=255, layout="shifted", batch=1),
 ]
 
-ALL = REGULAR + RAGGED + EDGE + ODD_HEAD_DIM
+EVERY_HEAD_DIM = [
+    Case(f"multiple_of_8_{dim}", batch=1, heads_k=1, seqlen_q=70, seqlen_k=75, head_dim=dim)
+    for dim in range(8, 257, 8)
+]
+
+
+def lengths_around_tiles() -> list[Case]:
+    """Every pair of lengths next to tile sizes, plain and causal, over the kernels' head dims."""
+    lengths = (1, 63, 64, 65, 127, 128, 129, 257)
+    head_dims = itertools.cycle((64, 128, 96, 256, 192))  # 5 of them for 16 cases a length
+    return [
+        Case(
+            f"lengths_{seqlen_q}_{seqlen_k}" + "_causal" * causal,
+            batch=1,
+            heads_k=1,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            head_dim=next(head_dims),
+            causal=causal,
+        )
+        for seqlen_q, seqlen_k, causal in itertools.product(lengths, lengths, (False, True))
+    ]
+
+
+def random_case(number: int) -> Case:
+    """The same case for a number everywhere."""
+    draw = random.Random(number)
+    heads_k = draw.randint(1, 3)
+    window = (draw.choice((-1, draw.randint(0, 300))), draw.choice((-1, draw.randint(0, 300))))
+    return Case(
+        f"random_{number}",
+        batch=draw.randint(1, 3),
+        seqlen_q=draw.randint(0, 400),
+        seqlen_k=draw.randint(0, 400),
+        heads=heads_k * draw.randint(1, 4),
+        heads_k=heads_k,
+        head_dim=draw.randint(1, 256),
+        causal=draw.random() < 0.5,
+        window=window,
+        scale=draw.choice((None, draw.uniform(-1.0, 1.0))),
+        layout=draw.choice(get_args(Layout)),
+    )
+
+
+ALL = REGULAR + RAGGED + EDGE + ODD_HEAD_DIM + EVERY_HEAD_DIM + lengths_around_tiles()
+
+# Enough tiles to fill a GPU several times, many key tiles a query tile. Too large for a CPU test.
+LARGE = [
+    Case("large_d64", seqlen_q=2048, seqlen_k=2048, heads=16, heads_k=16, causal=True),
+    Case("large_d64_gqa", seqlen_q=1999, seqlen_k=2101, heads=16, heads_k=4),
+    Case("large_d96", seqlen_q=1500, seqlen_k=1777, heads=12, heads_k=6, head_dim=96, causal=True),
+    Case("large_d128", seqlen_q=2048, seqlen_k=2048, heads=16, heads_k=16, head_dim=128),
+    Case(
+        "large_d128_gqa",
+        seqlen_q=2101,
+        seqlen_k=1999,
+        heads=16,
+        heads_k=2,
+        head_dim=128,
+        causal=True,
+    ),
+    Case(
+        "large_d128_window",
+        seqlen_q=2048,
+        seqlen_k=2048,
+        heads=8,
+        heads_k=8,
+        head_dim=128,
+        window=(300, 100),
+    ),
+    Case("large_d192", seqlen_q=1111, seqlen_k=1500, heads=8, heads_k=4, head_dim=192, causal=True),
+    Case("large_d256", seqlen_q=1024, seqlen_k=2048, heads=8, heads_k=8, head_dim=256, causal=True),
+    Case("large_d256_mqa", seqlen_q=1025, seqlen_k=1023, heads=12, heads_k=1, head_dim=256),
+    Case("long_q", seqlen_q=66000 * 128, seqlen_k=9, batch=1, heads=1, heads_k=1, head_dim=8),
+    Case("long_k", seqlen_q=9, seqlen_k=20_000, batch=1, heads=4, heads_k=2, head_dim=128),
+]

@@ -1,0 +1,33 @@
+"""The devices and dtypes that a test runs on, as parameters: the same test for every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+GPU = "cuda"
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GPU_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def _name(device: str, dtype: torch.dtype) -> str:
+    return f"{device}-{str(dtype).removeprefix('torch.')}"
+
+
+def usual_dtype(device: str) -> torch.dtype:
+    """For tests in which the dtype is no matter."""
+    return torch.float32 if device == "cpu" else torch.bfloat16
+
+
+on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param(GPU, marks=pytest.mark.gpu)])
+
+on_backends = pytest.mark.parametrize(
+    ("device", "dtype"),
+    [pytest.param("cpu", dtype, id=_name("cpu", dtype)) for dtype in CPU_DTYPES]
+    + [
+        pytest.param(GPU, dtype, id=_name(GPU, dtype), marks=pytest.mark.gpu)
+        for dtype in GPU_DTYPES
+    ],
+)
+
+in_gpu_dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
