@@ -1,17 +1,46 @@
-"""`python -m benchmarks`: every benchmark for the GPU, or without one for the CPU."""
+"""Timing beside other implementations of attention, on the GPU or without one on the CPU.
+
+python -m benchmarks                            every benchmark for this machine
+python -m benchmarks attention [option ...]     TFLOP/s of one call, grids of problems
+python -m benchmarks host [option ...]          host microseconds of one call
+python -m benchmarks cpu [option ...]           the CPU backend beside PyTorch's own
+python -m benchmarks --help                     this, and the options of each
+"""
 
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
+FOLDER = Path(__file__).resolve().parent
+SCRIPTS = {"attention": "bench_attention.py", "host": "host_time.py", "cpu": "bench_cpu.py"}
+FOR_GPU, FOR_CPU = ("attention", "host"), ("cpu", "host")
 
-GPU = ("bench_attention.py", "host_time.py")
-CPU = ("bench_cpu.py", "host_time.py")
 
-codes = []
-for script in GPU if torch.cuda.is_available() else CPU:
-    print(f"== {script}", flush=True)
-    command = [sys.executable, str(Path(__file__).with_name(script))]
-    codes.append(subprocess.run(command, check=False).returncode)
-sys.exit(max(codes))
+def run(name: str, options: list[str]) -> int:
+    """In a process of its own, so that no benchmark inherits another's memory or settings."""
+    return subprocess.run([sys.executable, str(FOLDER / SCRIPTS[name]), *options]).returncode
+
+
+def main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in SCRIPTS:
+        return run(arguments[0], arguments[1:])
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        for name in SCRIPTS:
+            print(f"== {name}", flush=True)
+            run(name, ["--help"])
+        return 0
+    if arguments:
+        print(f"expected one of {', '.join(SCRIPTS)}, got {arguments[0]}\n{__doc__}")
+        return 2
+    import torch
+
+    codes = []
+    for name in FOR_GPU if torch.cuda.is_available() else FOR_CPU:
+        print(f"== {name}", flush=True)
+        codes.append(run(name, []))
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,21 +1,28 @@
 """Attention side by side: every contender on the same tensors, interleaved in one run.
 
-    python benchmarks/bench_attention.py                          # the paper's grid, fwd and bwd
-    python benchmarks/bench_attention.py --grid gqa,hdim --contenders ours,fa2
-    python benchmarks/bench_attention.py --json run.json --png run
-    python benchmarks/bench_attention.py --from run.json --png run
+    python -m benchmarks attention                                   # the paper's grid, fwd and bwd
+    python -m benchmarks attention --head-dims 128 --seqlens 512,16384 --causal 1 --passes bwd
+    python -m benchmarks attention --grid gqa,hdim --contenders ours,fa2
+    python -m benchmarks attention --json run.json --png run
+    python -m benchmarks attention --from run.json --png run
 
-Prints TFLOP/s, ours as a multiple of the best other and of PyTorch's FlashAttention-2 (fa2), and
-which share of the roofline ours reaches: the least time is max(FLOP / measured rate of an 8192^3
-matrix product, least bytes / measured bandwidth of a copy). Times are medians of interleaved
-rounds. Every contender's results are checked against an fp32 reference in the same run. Exits with
-1 if any is wrong, or if ours fails.
+Contenders: ours; fa2, cudnn and sdpa, which are PyTorch's FlashAttention-2, PyTorch's cuDNN
+attention and whatever PyTorch picks itself; fa3 and fa4, FlashAttention-3 and -4, where a module
+peer_fa3 or flash_attn.cute can be imported.
+
+Times are medians of interleaved rounds on random tensors; rounds end once every median is known to
+half a percent. The results of every contender are checked against an fp32 reference in the same
+run. The table comes last, also after Ctrl-C or SIGTERM, with what was measured until then: TFLOP/s,
+ours over each other contender, and the share of the roofline that ours reaches: the least time is
+max(FLOP / measured rate of an 8192^3 matrix product, least bytes / measured bandwidth of a copy).
+Exits with 1 if a result is wrong, if ours fails, or if the run was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +37,7 @@ from contenders import (
     sampled_references,
 )
 from problems import GRIDS, MATMULS, Problem, grid
-from tables import header, plot, row_text, summary
+from tables import plot, report
 from timing import Call, Clock, Roofline, clock_for, interleaved, measure_roofline
 from torch import Tensor
 
@@ -38,11 +45,14 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 def prepare(
-    contender: Contender, mode: str, tensors: tuple[Tensor, Tensor, Tensor, Tensor], causal: bool
+    contender: Contender,
+    pass_name: str,
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor],
+    causal: bool,
 ) -> tuple[Call, dict[str, Tensor]]:
     """The call to time and its checked results."""
     q, k, v, dout = tensors
-    if mode == "fwd":
+    if pass_name == "fwd":
         q, k, v = (x.detach() for x in (q, k, v))
 
         def forward() -> Tensor:
@@ -60,7 +70,7 @@ def prepare(
 
 def measure(
     problem: Problem,
-    mode: str,
+    pass_name: str,
     contenders: dict[str, Contender],
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     references: list[tuple[int, int, dict[str, Tensor]]],
@@ -75,17 +85,19 @@ def measure(
     errors, failures = {}, {}
     for name, contender in contenders.items():
         try:
-            calls[name], results = prepare(contender, mode, tensors, problem.causal)
+            with contender.selected():
+                calls[name], results = prepare(contender, pass_name, tensors, problem.causal)
             errors[name] = largest_error(problem, results, references)
             del results
         except (RuntimeError, ValueError, NotImplementedError) as error:
             failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    times = interleaved(calls, clock, rounds=rounds, target_ms=target_ms)
-    flop = problem.flop(mode)
-    least_bytes = problem.least_bytes(mode, tensors[0].element_size())
+    selected = {name: contender.selected for name, contender in contenders.items()}
+    times = interleaved(calls, clock, selected, rounds=rounds, target_ms=target_ms)
+    flop = problem.flop(pass_name)
+    least_bytes = problem.least_bytes(pass_name, tensors[0].element_size())
     bound = ERROR_BOUND[tensors[0].dtype]
     return {
-        "mode": mode,
+        "pass": pass_name,
         "problem": vars(problem),
         "name": problem.name(),
         "tflops": {name: flop / ms / 1e9 for name, ms in times.items()},
@@ -97,81 +109,118 @@ def measure(
     }
 
 
+def names_of(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    add("--contenders", default="ours,fa2,cudnn,fa3" if on_gpu else "ours,sdpa",
-        help=f"of {', '.join(CONTENDERS)}")  # fmt: skip
-    add("--grid", default="paper" if on_gpu else "tiny", help=f"of {', '.join(GRIDS)}")
-    add("--modes", default="fwd,bwd")
-    add("--causal", default="0,1")
+    add("--contenders", type=names_of, default="ours,fa2,cudnn,fa3" if on_gpu else "ours,sdpa",
+        help=f"of {', '.join(CONTENDERS)}; default here: %(default)s")  # fmt: skip
+    add("--grid", type=names_of, default="paper" if on_gpu else "tiny",
+        help=f"of {', '.join(GRIDS)}; default here: %(default)s")  # fmt: skip
+    add("--head-dims", type=names_of, help="only these of the grid")
+    add("--seqlens", type=names_of, help="only these numbers of queries of the grid")
+    add("--causal", type=names_of, default="0,1", help="0, 1, or both: the default")
+    add("--passes", type=names_of, default="fwd,bwd", help="fwd, bwd, or both: the default")
     add("--dtype", choices=["bfloat16", "float16", "float32"],
         default="bfloat16" if on_gpu else "float32")  # fmt: skip
-    add("--rounds", type=int, default=5)
-    add("--target-ms", type=float, default=20.0, help="of one contender in one round")
+    add("--rounds", type=int, default=15, help="most of a row; default: %(default)s")
+    add("--target-ms", type=float, default=20.0,
+        help="of one contender in one round; default: %(default)s")  # fmt: skip
     add("--json", type=Path, help="also write everything measured here")
-    add("--png", type=Path, help="also plot; PREFIX of one picture a mode")
-    add("--from", dest="source", type=Path, help="show a --json file instead of measuring")
+    add("--png", type=Path, metavar="PREFIX", help="also plot, one picture a pass")
+    add("--from", dest="source", type=Path, metavar="JSON",
+        help="show a --json file instead of measuring")  # fmt: skip
     args = parser.parse_args(arguments)
-    for option, known in (("contenders", CONTENDERS), ("grid", GRIDS), ("modes", MATMULS)):
-        for name in getattr(args, option).split(","):
+    for option, known in (
+        ("contenders", CONTENDERS),
+        ("grid", GRIDS),
+        ("passes", MATMULS),
+        ("causal", ("0", "1")),
+    ):
+        for name in getattr(args, option):
             if name not in known:
                 parser.error(f"--{option}: expected names out of {', '.join(known)}, got {name}")
-    if set(args.causal.split(",")) - {"0", "1"}:
-        parser.error(f"--causal: expected 0, 1 or 0,1, got {args.causal}")
+    args.problems = [
+        problem
+        for problem in grid(args.grid, [flag == "1" for flag in args.causal])
+        if args.head_dims is None or str(problem.head_dim) in args.head_dims
+        if args.seqlens is None or str(problem.seqlen_q) in args.seqlens
+    ]
+    if not args.problems:
+        parser.error("--head-dims and --seqlens leave nothing of the grid")
     return args
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything measured, up to the end or to the signal that stopped it."""
     torch.manual_seed(0)
     dtype, clock = getattr(torch, args.dtype), clock_for(args.device)
-    contenders, why_not = load(args.contenders.split(","))
-    for name, reason in why_not.items():
-        print(f"without {name}: {reason[:150]}")
+    contenders, why_not = load(args.contenders)
     roofline = measure_roofline(args.device, dtype, clock)
-    where = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
-    print(
-        f"{where}, torch {torch.__version__}, {args.dtype}; matrix product "
-        f"{roofline.flop_per_ms / 1e9:.3g} TFLOP/s, copy {roofline.bytes_per_ms / 1e9:.3g} TB/s"
-    )
-    print(header(list(contenders)))
-    rows = []
-    for problem in grid(args.grid, args.causal):
-        tensors = problem.tensors(args.device, dtype)
+    result: dict[str, Any] = {
+        "where": torch.cuda.get_device_name() if args.device == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "dtype": args.dtype,
+        "contenders": list(contenders),
+        "without": why_not,
+        "roofline": vars(roofline),
+        "rows": [],
+        "stopped": False,
+    }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for row in rows_of(args, contenders, clock, roofline):
+            result["rows"].append(row)
+    except KeyboardInterrupt:
+        result["stopped"] = True
+    return result
+
+
+def rows_of(
+    args: argparse.Namespace, contenders: dict[str, Contender], clock: Clock, roofline: Roofline
+):
+    for number, problem in enumerate(args.problems, 1):
+        print(f"{number} of {len(args.problems)}: {problem.name()}", file=sys.stderr, flush=True)
+        tensors = problem.tensors(args.device, getattr(torch, args.dtype))
         references = sampled_references(problem, *tensors)
-        for mode in args.modes.split(","):
-            rows.append(
-                measure(problem, mode, contenders, tensors, references, clock=clock,
-                        roofline=roofline, rounds=args.rounds, target_ms=args.target_ms)
-            )  # fmt: skip
-            print(row_text(rows[-1], list(contenders)), flush=True)
+        for pass_name in args.passes:
+            yield measure(
+                problem,
+                pass_name,
+                contenders,
+                tensors,
+                references,
+                clock=clock,
+                roofline=roofline,
+                rounds=args.rounds,
+                target_ms=args.target_ms,
+            )
         del tensors, references
         if args.device == "cuda":
             torch.cuda.empty_cache()
-    return {"where": where, "torch": torch.__version__, "dtype": args.dtype,
-            "contenders": list(contenders), "roofline": vars(roofline), "rows": rows}  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
-    if args.source:
-        result = json.loads(args.source.read_text())
-        print(header(result["contenders"]))
-        for row in result["rows"]:
-            print(row_text(row, result["contenders"]))
-    else:
-        result = run(args)
-    print(summary(result))
+    result = json.loads(args.source.read_text()) if args.source else run(args)
     if args.json:
         args.json.write_text(json.dumps(result))
     if args.png:
         print(plot(result, args.png))
-    failed = any(row["wrong"] or "ours" in row["failures"] for row in result["rows"])
-    return 1 if failed else 0
+    print(report(result))
+    failed = "ours" in result["without"] or any(
+        row["wrong"] or "ours" in row["failures"] for row in result["rows"]
+    )
+    return 1 if failed or result["stopped"] else 0
 
 
 if __name__ == "__main__":

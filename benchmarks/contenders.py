@@ -1,14 +1,12 @@
-"""The implementations that are timed against each other, and the check that each is right.
-
-A contender is a function (q, k, v, causal) -> out of (batch, seqlen, heads, head_dim) tensors that
-is differentiable.
-"""
+"""The implementations that are timed against each other, and the check that each is right."""
 
 from __future__ import annotations
 
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +15,22 @@ from problems import Problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-Contender = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+
+@dataclass(frozen=True)
+class Contender:
+    """A differentiable function (q, k, v, causal) -> out of (batch, seqlen, heads, head_dim)
+    tensors; calls are made inside of selected()."""
+
+    attention: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+    backends: tuple[SDPBackend, ...] = ()  # that PyTorch is restricted to, if any are named
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return self.attention(q, k, v, causal)
+
+    def selected(self) -> AbstractContextManager[None]:
+        """Entered around many calls, because entering costs twice as much as a small call."""
+        return sdpa_kernel(list(self.backends)) if self.backends else nullcontext()
+
 
 # Error norm relative to the result's norm, above which a contender counts as wrong. Rounding the
 # probabilities and the result to 16 bits gives a fifth to a third of it.
@@ -29,15 +42,11 @@ def sdpa(*backends: SDPBackend) -> Contender:
 
     def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
         grouped = q.shape[2] != k.shape[2]
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        if not backends:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-        else:
-            with sdpa_kernel(list(backends)):
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         return out.transpose(1, 2)
 
-    return attention
+    return Contender(attention, backends)
 
 
 def ours() -> Contender:
@@ -45,14 +54,21 @@ def ours() -> Contender:
 
     if ops.load_error is not None:
         raise ImportError(ops.load_error)
-    return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)
+    return Contender(lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal))
 
 
 def fa3() -> Contender:
     """FlashAttention-3 as a module `peer_fa3` on the path."""
     from peer_fa3 import flash_attn_func
 
-    return lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)
+    return Contender(lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal))
+
+
+def fa4() -> Contender:
+    """FlashAttention-4, whose distribution adds its subpackage to our package's path."""
+    from flash_attn.cute import flash_attn_func
+
+    return Contender(lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)[0])
 
 
 CONTENDERS: dict[str, Callable[[], Contender]] = {
@@ -60,20 +76,20 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "fa2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "fa3": fa3,
+    "fa4": fa4,
     "sdpa": sdpa,
 }
 
 
 def load(names: list[str]) -> tuple[dict[str, Contender], dict[str, str]]:
     """The contenders that can be had, and why the others cannot."""
-    sys.path.append(
-        str(Path(__file__).resolve().parent.parent)
-    )  # the source tree, if not installed
+    # The source tree, if the package is not installed.
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
     contenders, why_not = {}, {}
     for name in names:
         try:
             contenders[name] = CONTENDERS[name]()
-        except (ImportError, OSError) as error:
+        except (ImportError, OSError, RuntimeError) as error:
             why_not[name] = f"{type(error).__name__}: {error}"
     return contenders, why_not
 

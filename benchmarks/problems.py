@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,17 +29,17 @@ class Problem:
         mask = " causal" if self.causal else ""
         return f"{self.batch_size}x{seqlen} h{heads} d{self.head_dim}{mask}"
 
-    def flop(self, mode: str) -> float:
+    def flop(self, pass_name: str) -> float:
         """Two products of seqlen_q x seqlen_k matrices, half of that causal, 2.5 times backward."""
         pairs = self.batch_size * self.num_heads * self.seqlen_q * self.seqlen_k
-        return 4.0 * pairs * self.head_dim * (0.5 if self.causal else 1.0) * MATMULS[mode]
+        return 4.0 * pairs * self.head_dim * (0.5 if self.causal else 1.0) * MATMULS[pass_name]
 
-    def least_bytes(self, mode: str, element_size: int) -> int:
+    def least_bytes(self, pass_name: str, element_size: int) -> int:
         """Every input read once and every output written once."""
         q = self.batch_size * self.seqlen_q * self.num_heads * self.head_dim
         k = self.batch_size * self.seqlen_k * self.num_heads_k * self.head_dim
         # Forward q, out and k, v; backward q, out, dout, dq and k, v, dk, dv.
-        return element_size * (2 * q + 2 * k if mode == "fwd" else 4 * q + 4 * k)
+        return element_size * (2 * q + 2 * k if pass_name == "fwd" else 4 * q + 4 * k)
 
     def tensors(self, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Random q, k, v, which want gradients, and dout."""
@@ -84,11 +84,11 @@ GRIDS: dict[str, list[Problem]] = {
 }
 
 
-def grid(names: str, causal: str) -> list[Problem]:
-    """Problems of comma-separated grids, each with every value of comma-separated 0 and 1."""
+def grid(names: list[str], causal: list[bool]) -> list[Problem]:
+    """Problems of the named grids, each with every value of causal."""
     return [
-        Problem(**{**vars(problem), "causal": bool(int(flag))})
-        for name in names.split(",")
+        replace(problem, causal=flag)
+        for name in names
         for problem in GRIDS[name]
-        for flag in causal.split(",")
+        for flag in causal
     ]

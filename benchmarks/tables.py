@@ -1,12 +1,15 @@
-"""How measured rows are shown: compact lines, geometric means, pictures."""
+"""How measured rows are shown: a table, geometric means and minima, pictures."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+BEST = "best"  # stands for the fastest right contender of each row
 
 
 def best_other(row: Row) -> str | None:
@@ -15,12 +18,13 @@ def best_other(row: Row) -> str | None:
     return max(others, key=lambda name: others[name]) if others else None
 
 
-def ratio(row: Row, other: str | None) -> float | None:
+def ratio(row: Row, other: str) -> float | None:
     """Ours as a multiple of another contender; None where one of the two has no figure."""
     tflops = row["tflops"]
-    if other is None or "ours" not in tflops or other not in tflops:
+    name = best_other(row) if other == BEST else other
+    if name is None or "ours" not in tflops or name not in tflops:
         return None
-    return tflops["ours"] / tflops[other]
+    return tflops["ours"] / tflops[name]
 
 
 def roofline_share(row: Row) -> float | None:
@@ -31,60 +35,92 @@ def text_of(value: float | None, form: str, width: int) -> str:
     return f"{'-' if value is None else format(value, form):>{width}}"
 
 
+def others_of(contenders: list[str]) -> list[str]:
+    """What ours is compared with: every other contender, and the best if there are several."""
+    others = [name for name in contenders if name != "ours"]
+    return [*others, BEST] if len(others) > 1 else others
+
+
 def header(contenders: list[str]) -> str:
-    columns = " ".join(f"{name:>6}" for name in contenders)
-    return f"{'':4} {'TFLOP/s':26} {columns} | /best  /fa2  roof   error"
+    rates = "".join(f"{name:>7}" for name in contenders)
+    ratios = "".join(f"{name:>6}" for name in others_of(contenders))
+    return f"{'TFLOP/s':32}{rates} | ours /{ratios}  roof   error"
 
 
 def row_text(row: Row, contenders: list[str]) -> str:
-    columns = " ".join(text_of(row["tflops"].get(name), ".3g", 6) for name in contenders)
-    ratios = (
-        f"{text_of(ratio(row, best_other(row)), '.2f', 5)} {text_of(ratio(row, 'fa2'), '.2f', 5)}"
-    )
-    share = text_of(roofline_share(row), ".0%", 5)
-    error = text_of(row["errors"].get("ours"), ".0e", 7)
+    rates = "".join(text_of(row["tflops"].get(name), ".3g", 7) for name in contenders)
+    ratios = "".join(text_of(ratio(row, name), ".2f", 6) for name in others_of(contenders))
+    share = text_of(roofline_share(row), ".0%", 6)
+    error = text_of(row["errors"].get("ours"), ".0e", 8)
     wrong = "".join(f"  WRONG: {name} {row['errors'][name]:.1e}" for name in row["wrong"])
-    return f"{row['mode']:4} {row['name']:26} {columns} | {ratios} {share} {error}{wrong}"
+    return f"{row['pass']:4} {row['name']:27}{rates} |       {ratios}{share}{error}{wrong}"
 
 
-def geometric_means(rows: list[Row], label: str) -> str:
-    """One line: means and worst of both ratios, mean share of the roofline."""
+def means_text(rows: list[Row], label: str, others: list[str]) -> str:
+    """One line: geometric mean and least of every ratio, mean share of the roofline."""
     parts = []
-    for title, values in (
-        ("/best", [ratio(row, best_other(row)) for row in rows]),
-        ("/fa2", [ratio(row, "fa2") for row in rows]),
-    ):
-        known = [value for value in values if value is not None]
+    for other in others:
+        known = [value for row in rows if (value := ratio(row, other)) is not None]
         mean = statistics.geometric_mean(known) if known else None
-        worst = min(known) if known else None
-        parts.append(f"{title} {text_of(mean, '.3f', 5)} (min {text_of(worst, '.2f', 4)})")
+        least = min(known) if known else None
+        parts.append(f"{text_of(mean, '.3f', 7)} ({text_of(least, '.2f', 4)})")
     shares = [share for row in rows if (share := roofline_share(row)) is not None]
     mean_share = statistics.geometric_mean(shares) if shares else None
-    return f"{label:18} {'  '.join(parts)}  roofline {text_of(mean_share, '.0%', 4)}"
+    return f"{label:18}{''.join(parts)}{text_of(mean_share, '.0%', 10)}"
 
 
-def summary(result: dict[str, Any]) -> str:
-    """Geometric means by mode, head dim and mask and by mode, and what failed and why."""
-    rows = result["rows"]
-    lines = ["geometric means of ours"]
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        of_mode = [row for row in rows if row["mode"] == mode]
-        keys = sorted({(r["problem"]["head_dim"], r["problem"]["causal"]) for r in of_mode})
-        for head_dim, causal in keys if len(keys) > 1 else []:
-            part = [
-                row
-                for row in of_mode
-                if (row["problem"]["head_dim"], row["problem"]["causal"]) == (head_dim, causal)
-            ]
-            lines.append(geometric_means(part, f"{mode} d{head_dim}{' causal' if causal else ''}"))
-        lines.append(geometric_means(of_mode, f"{mode} all {len(of_mode)}"))
+def where_least(rows: list[Row], pass_name: str, other: str) -> str | None:
+    """The row where ours compares worst, in one sentence."""
+    known = [(value, row["name"]) for row in rows if (value := ratio(row, other)) is not None]
+    if not known:
+        return None
+    value, name = min(known)
+    return f"least {pass_name} over {other}: {value:.2f} at {name}"
+
+
+def kind_of(row: Row) -> tuple[int, bool]:
+    return row["problem"]["head_dim"], row["problem"]["causal"]
+
+
+def summary(result: dict[str, Any]) -> Iterator[str]:
+    """Means by pass, head dim and mask, then by pass; where ours is least; what has no figure."""
+    rows, others = result["rows"], others_of(result["contenders"])
+    columns = "".join(f"{name:>14}" for name in others)
+    yield f"{'mean (least) of /':18}{columns}  roofline"
+    leasts = []
+    for pass_name in dict.fromkeys(row["pass"] for row in rows):
+        of_pass = [row for row in rows if row["pass"] == pass_name]
+        kinds = sorted({kind_of(row) for row in of_pass})
+        for head_dim, causal in kinds if len(kinds) > 1 else []:
+            part = [row for row in of_pass if kind_of(row) == (head_dim, causal)]
+            yield means_text(part, f"{pass_name} d{head_dim}{' causal' * causal}", others)
+        yield means_text(of_pass, f"{pass_name} all {len(of_pass)}", others)
+        leasts += [where_least(of_pass, pass_name, other) for other in others]
+    yield from filter(None, leasts)
     failures: dict[str, list[str]] = {}
     for row in rows:
         for name, reason in row["failures"].items():
             failures.setdefault(f"{name}: {reason[:140]}", []).append(row["name"])
-    lines += [f"no figure, {text} ({len(names)} rows)" for text, names in failures.items()]
-    wrong = sorted({name for row in rows for name in row["wrong"]})
-    lines += [f"WRONG results from {name}" for name in wrong]
+    for text, names in failures.items():
+        yield f"no figure, {text} ({len(names)} rows)"
+    for name, reason in result["without"].items():
+        yield f"without {name}: {reason[:140]}"
+    for name in sorted({name for row in rows for name in row["wrong"]}):
+        yield f"WRONG results from {name}"
+    if result["stopped"]:
+        yield "STOPPED before the end: the rest of the grid is missing"
+
+
+def report(result: dict[str, Any]) -> str:
+    roofline, contenders = result["roofline"], result["contenders"]
+    lines = [
+        f"{result['where']}, torch {result['torch']}, {result['dtype']}; matrix product "
+        f"{roofline['flop_per_ms'] / 1e9:.3g} TFLOP/s, copy "
+        f"{roofline['bytes_per_ms'] / 1e9:.3g} TB/s",
+        header(contenders),
+        *(row_text(row, contenders) for row in result["rows"]),
+        *summary(result),
+    ]
     return "\n".join(lines)
 
 
@@ -98,8 +134,8 @@ def plot(result: dict[str, Any], prefix: Path) -> str:
     from matplotlib import pyplot
 
     written = []
-    for mode in dict.fromkeys(row["mode"] for row in result["rows"]):
-        of_mode = [row for row in result["rows"] if row["mode"] == mode]
+    for mode in dict.fromkeys(row["pass"] for row in result["rows"]):
+        of_mode = [row for row in result["rows"] if row["pass"] == mode]
         head_dims = sorted({row["problem"]["head_dim"] for row in of_mode})
         masks = sorted({row["problem"]["causal"] for row in of_mode})
         figure, axes = pyplot.subplots(

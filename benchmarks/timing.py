@@ -5,15 +5,19 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 Call = Callable[[], object]
+Selected = Mapping[str, Callable[[], AbstractContextManager[None]]]  # entered around many calls
 
 MOST_ITERATIONS = 200  # in one round
+FEWEST_ROUNDS = 5  # fewer do not tell how much the times scatter
+ENOUGH = 0.005  # relative standard error of every median at which no more rounds are timed
 
 
 class Clock(Protocol):
@@ -47,23 +51,43 @@ def clock_for(device: str) -> Clock:
     return CudaClock() if device == "cuda" else WallClock()
 
 
+def relative_error(times: Sequence[float]) -> float:
+    """Standard error of the median, from the quartiles so that stray rounds do not count."""
+    low, median, high = statistics.quantiles(times, n=4)
+    deviation = (high - low) / 1.35  # of a normal distribution with these quartiles
+    return 1.25 * deviation / (len(times) ** 0.5 * median)
+
+
 def interleaved(
-    calls: Mapping[str, Call], clock: Clock, *, rounds: int, target_ms: float
+    calls: Mapping[str, Call],
+    clock: Clock,
+    selected: Selected | None = None,
+    *,
+    rounds: int,
+    target_ms: float,
 ) -> dict[str, float]:
     """Median milliseconds of every call.
 
     Each round times all of them, in random order so that none always follows the one that heats
-    the machine most, and as often as fits in `target_ms`.
+    the machine most, and as often as fits in `target_ms`. At most `rounds`; fewer where the times
+    scatter so little that every median is known to ENOUGH.
     """
+
+    def ms(name: str, iterations: int) -> float:
+        with selected[name]() if selected else nullcontext():
+            return clock.ms(calls[name], iterations)
+
     iterations = {}
-    for name, call in calls.items():
-        call()  # the first call may compile or plan
-        once = max(clock.ms(call, 1), 1e-4)
+    for name in calls:
+        ms(name, 1)  # the first call may compile or plan
+        once = max(ms(name, 1), 1e-4)
         iterations[name] = max(1, min(MOST_ITERATIONS, int(target_ms / once)))
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for done in range(1, rounds + 1):
         for name in random.sample(list(calls), len(calls)):
-            times[name].append(clock.ms(calls[name], iterations[name]))
+            times[name].append(ms(name, iterations[name]))
+        if done >= FEWEST_ROUNDS and all(relative_error(t) < ENOUGH for t in times.values()):
+            break
     return {name: statistics.median(measured) for name, measured in times.items()}
 
 
@@ -84,5 +108,5 @@ def measure_roofline(device: str, dtype: torch.dtype, clock: Clock) -> Roofline:
     source = torch.empty(2**30 if device == "cuda" else 2**26, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    ms = interleaved(calls, clock, rounds=5, target_ms=20.0)
+    ms = interleaved(calls, clock, rounds=15, target_ms=20.0)
     return Roofline(2.0 * size**3 / ms["matmul"], 2.0 * source.numel() / ms["copy"])

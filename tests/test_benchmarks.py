@@ -57,7 +57,7 @@ def test_costs_of_a_problem() -> None:
 def test_paper_grid_keeps_tokens_and_width() -> None:
     from problems import grid
 
-    problems = grid("paper", "0,1")
+    problems = grid(["paper"], [False, True])
     assert len(set(problems)) == 36
     for problem in problems:
         assert problem.batch_size * problem.seqlen_q == 16384
@@ -90,7 +90,40 @@ def test_interleaved_medians_and_bounds() -> None:
     calls = {"slow": lambda: next(slow), "fast": lambda: 1e-6}
     clock = FakeClock()
     assert interleaved(calls, clock, rounds=5, target_ms=10.0) == {"slow": 5.0, "fast": 1e-6}
-    assert clock.calls == 1 + 5 + 1 + 5 * MOST_ITERATIONS
+    assert clock.calls == 2 + 5 + 2 + 5 * MOST_ITERATIONS
+
+
+@pytest.mark.parametrize(
+    ("times", "rounds"), [([3.0] * 20, 5), ([3.0, 4.0] * 10, 12), ([3.0, 9.0, *[3.0] * 18], 7)]
+)
+def test_rounds_end_when_the_median_is_known(times: list[float], rounds: int) -> None:
+    from timing import interleaved
+
+    clock = FakeClock()
+    of_calls = iter([0.0, 100.0, *times])
+    interleaved({"one": lambda: next(of_calls)}, clock, rounds=12, target_ms=1.0)
+    assert clock.calls == 2 + rounds
+
+
+def test_calls_are_made_inside_of_the_selected_context() -> None:
+    from contextlib import contextmanager
+
+    from timing import interleaved
+
+    inside = []
+
+    @contextmanager
+    def selected():
+        inside.append(True)
+        yield
+        inside.pop()
+
+    def call() -> float:
+        assert inside
+        return 1.0
+
+    interleaved({"one": call}, FakeClock(), {"one": selected}, rounds=5, target_ms=1.0)
+    assert not inside
 
 
 def test_roofline_is_the_slower_bound() -> None:
@@ -103,7 +136,7 @@ def test_roofline_is_the_slower_bound() -> None:
 
 def row(**changes: Any) -> dict[str, Any]:
     base = {
-        "mode": "fwd",
+        "pass": "fwd",
         "name": "1x64 h2 d32",
         "problem": {"head_dim": 32, "causal": False, "seqlen_q": 64},
         "tflops": {"ours": 300.0, "fa2": 150.0, "cudnn": 400.0},
@@ -116,15 +149,30 @@ def row(**changes: Any) -> dict[str, Any]:
     return base | changes
 
 
+def result_of(*rows: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    base = {
+        "where": "a machine",
+        "torch": "2.10",
+        "dtype": "bfloat16",
+        "contenders": ["ours", "fa2", "cudnn"],
+        "without": {},
+        "roofline": {"flop_per_ms": 7e11, "bytes_per_ms": 3e9},
+        "rows": list(rows),
+        "stopped": False,
+    }
+    return base | changes
+
+
 def test_ratios_of_a_row() -> None:
-    from tables import best_other, ratio, roofline_share, row_text
+    from tables import BEST, best_other, ratio, roofline_share, row_text
 
     assert best_other(row()) == "cudnn"
-    assert ratio(row(), "cudnn") == 0.75
+    assert ratio(row(), BEST) == ratio(row(), "cudnn") == 0.75
+    assert ratio(row(), "fa3") is None
     assert ratio(row(), "fa2") == 2.0
     assert roofline_share(row()) == 0.5
     text = row_text(row(), ["ours", "fa2", "cudnn", "fa3"])
-    assert text.split() == "fwd 1x64 h2 d32 300 150 400 - | 0.75 2.00 50% 2e-03".split()
+    assert text.split() == "fwd 1x64 h2 d32 300 150 400 - | 2.00 0.75 - 0.75 50% 2e-03".split()
 
 
 def test_a_wrong_contender_is_no_bar_and_is_named() -> None:
@@ -133,22 +181,33 @@ def test_a_wrong_contender_is_no_bar_and_is_named() -> None:
     wrong = row(wrong=["cudnn"])
     assert best_other(wrong) == "fa2"
     assert "WRONG: cudnn" in row_text(wrong, ["ours", "fa2", "cudnn"])
-    assert "WRONG results from cudnn" in summary({"rows": [wrong]})
+    assert "WRONG results from cudnn" in summary(result_of(wrong))
 
 
 def test_summary_has_geometric_means_minima_and_reasons() -> None:
     from tables import summary
 
     better = row(tflops={"ours": 400.0, "fa2": 50.0}, failures={"cudnn": "RuntimeError: no plan"})
-    text = summary({"rows": [row(), better]})
-    ratios = math.sqrt(0.75 * 8), math.sqrt(2.0 * 8)
-    assert f"/best {ratios[0]:.3f} (min 0.75)  /fa2 {ratios[1]:.3f} (min 2.00)" in text
-    assert "no figure, cudnn: RuntimeError: no plan (1 rows)" in text
+    lines = list(summary(result_of(row(), better, without={"fa3": "ImportError: none"})))
+    fa2, best = math.sqrt(2.0 * 8), math.sqrt(0.75 * 8)
+    expected = f"fwd all 2 {fa2:.3f} (2.00) 0.750 (0.75) {best:.3f} (0.75) 50%"
+    assert expected.split() in [line.split() for line in lines]
+    assert "least fwd over best: 0.75 at 1x64 h2 d32" in lines
+    assert "no figure, cudnn: RuntimeError: no plan (1 rows)" in lines
+    assert "without fa3: ImportError: none" in lines
+
+
+def test_the_report_of_a_stopped_run_says_so() -> None:
+    from tables import report
+
+    assert report(result_of(row(), stopped=True)).splitlines()[-1].startswith("STOPPED")
+    assert "STOPPED" not in report(result_of(row()))
+    assert report(result_of(stopped=True))  # before the first row
 
 
 def test_wrong_and_failing_contenders_are_found() -> None:
     from bench_attention import measure
-    from contenders import sampled_references, sdpa
+    from contenders import Contender, sampled_references, sdpa
     from problems import Problem
     from timing import Roofline, WallClock
 
@@ -158,17 +217,17 @@ def test_wrong_and_failing_contenders_are_found() -> None:
     right = sdpa()
     contenders = {
         "ours": right,
-        "scaled": lambda q, k, v, causal: right(1.1 * q, k, v, causal),
-        "nan": lambda q, k, v, causal: right(q, k, v, causal) * math.nan,
-        "fails": fails,
+        "scaled": Contender(lambda q, k, v, causal: right(1.1 * q, k, v, causal)),
+        "nan": Contender(lambda q, k, v, causal: right(q, k, v, causal) * math.nan),
+        "fails": Contender(fails),
     }
     problem = Problem(1, 40, 40, 4, 2, 16, causal=True)
     tensors = problem.tensors("cpu", torch.float32)
     references = sampled_references(problem, *tensors)
-    for mode in ("fwd", "bwd"):
+    for pass_name in ("fwd", "bwd"):
         measured = measure(
             problem,
-            mode,
+            pass_name,
             contenders,
             tensors,
             references,
@@ -190,16 +249,16 @@ def test_attention_side_by_side_on_cpu(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     rows = json.loads(saved.read_text())["rows"]
-    assert [(r["mode"], r["name"]) for r in rows] == [
-        (mode, name)
+    assert [(r["pass"], r["name"]) for r in rows] == [
+        (pass_name, name)
         for name in ("1x64 h2/1 d32 causal", "2x40 h2 d16 causal")
-        for mode in ("fwd", "bwd")
+        for pass_name in ("fwd", "bwd")
     ]
     assert all(set(r["tflops"]) == {"ours", "sdpa"} for r in rows)
     pytest.importorskip("matplotlib")
     again = run_script("bench_attention.py", "--from", str(saved), "--png", str(prefix))
     assert again.returncode == 0, again.stderr
-    assert again.stdout.splitlines()[1:5] == result.stdout.splitlines()[2:6]
+    assert again.stdout.splitlines()[1:] == result.stdout.splitlines()
     assert (tmp_path / "run-bwd.png").read_bytes().startswith(b"\x89PNG")
 
 
