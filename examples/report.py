@@ -37,6 +37,16 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def bars(axis: Any, runs: dict[str, Any], key: str, unit: float, title: str) -> None:
+    """One bar a run in that run's colour, with its figure, or with the reason for having none."""
+    for index, (name, run) in enumerate(runs.items()):
+        height = run[key] * unit if run["fits"] else 0.0
+        bar = axis.bar(name, height, color=f"C{index}", width=0.6)
+        axis.bar_label(bar, [f"{height:.3g}" if run["fits"] else "does not fit"], padding=2)
+    axis.margins(y=0.12)
+    axis.set_title(title)
+
+
 def plot(result: dict[str, Any], path: Path) -> str:
     """Loss curves, step time and peak memory to `path`; returns what was done in one line."""
     try:
@@ -48,27 +58,20 @@ def plot(result: dict[str, Any], path: Path) -> str:
 
     runs = result["runs"]
     figure, (curves, times, memory) = pyplot.subplots(1, 3, figsize=(14, 4), width_ratios=[2, 1, 1])
+    for axis in (curves, times, memory):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
     for index, (name, run) in enumerate(runs.items()):
         if run["fits"]:
-            style = {"color": f"C{index}", "lw": 1.5 if index else 4, "alpha": 1 if index else 0.4}
+            style = {"color": f"C{index}", "lw": 1.5 if index else 5, "alpha": 1 if index else 0.4}
             curves.plot(run["losses"], label=name, **style)
-    curves.set(xlabel="step", ylabel="loss, nats a byte")
-    curves.set_title("the curves lie on each other if the attentions agree")
-    curves.legend()
-    panels = (
-        (times, "step_seconds", 1e3, "step time, ms"),
-        (memory, "peak_bytes", 2**-20, "peak memory, MiB"),
-    )
-    for axis, key, unit, title in panels:
-        heights = [run[key] * unit if run["fits"] else 0 for run in runs.values()]
-        bars = axis.bar(list(runs), heights, color=[f"C{i}" for i in range(len(runs))])
-        fits = [run["fits"] for run in runs.values()]
-        labels = [
-            f"{h:.0f}" if fit else "does not fit" for h, fit in zip(heights, fits, strict=True)
-        ]
-        axis.bar_label(bars, labels)
-        axis.margins(y=0.15)
-        axis.set_title(title)
+    curves.set(xlabel="step", ylabel="loss, nats a byte", title="loss")
+    curves.legend(frameon=False)
+    most_bytes = max((run["peak_bytes"] for run in runs.values() if run["fits"]), default=0)
+    unit, exponent = ("GiB", 30) if most_bytes >= 2**32 else ("MiB", 20)
+    bars(times, runs, "step_seconds", 1e3, "step time, ms")
+    bars(memory, runs, "peak_bytes", 2**-exponent, f"peak memory, {unit}")
     options = result["options"]
     figure.suptitle(
         f"{options['layers']} layers, {options['heads']} heads x {options['head_dim']}, "
