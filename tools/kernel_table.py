@@ -19,8 +19,8 @@ HEADER = ("kernel", "tile", "arch", "regs", "smem KB", "spills", "ptxas s")
 # Fields of a row in the order that a demangled kernel name lists them.
 FIELDS = {
     "Forward": (
-        *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "num_stages"),
-        *("q_in_registers", "blocks_per_sm"),
+        *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "late_copy"),
+        "blocks_per_sm",
     ),
     "Backward": (
         *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "warps_m_s"),

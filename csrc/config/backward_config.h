@@ -13,11 +13,11 @@ struct BackwardConfig {
   int head_dim;
   int tile_m, tile_n;  // a thread block owns tile_n keys and walks query tiles of tile_m rows
   int num_warps;
-  int warps_m_s;    // warps along the query rows of S and dP; the rest lie along the keys
-  int warps_n_dkv;  // warps along the keys of dK and dV; the rest lie along head_dim
-  int warps_m_dq;   // warps along the query rows of dQ; the rest lie along head_dim
-  int num_stages;   // buffers of Q and dO
-  int blocks_per_sm;
+  int warps_m_s;      // warps along the query rows of S and dP; the rest lie along the keys
+  int warps_n_dkv;    // warps along the keys of dK and dV; the rest lie along head_dim
+  int warps_m_dq;     // warps along the query rows of dQ; the rest lie along head_dim
+  int num_stages;     // buffers of Q and dO
+  int blocks_per_sm;  // thread blocks side by side on an SM
 
   constexpr int num_threads() const { return 32 * num_warps; }
   constexpr int smem_bytes() const {
@@ -36,12 +36,15 @@ template <DType kDType>
 inline constexpr BackwardConfig kBackwardRows[] = {
     // clang-format off
     // arch dtype head_dim  m    n  warps  m_s n_dkv m_dq stages blocks
-    {80, kDType,  64,      64, 128,  8,     2,   4,   4,    2,    1},
-    {80, kDType,  96,      64, 128,  8,     2,   4,   4,    2,    1},
-    {80, kDType, 128,      64, 128,  8,     2,   4,   2,    2,    1},
-    {80, kDType, 128,      64,  64,  8,     4,   2,   2,    1,    1},
-    {80, kDType, 192,      64,  64,  8,     4,   2,   2,    1,    1},
+    {80, kDType,  64,     128,  64,  4,     2,   2,   2,    1,    2},
+    {80, kDType,  96,      64,  64,  4,     2,   2,   2,    2,    2},
+    {80, kDType, 128,      64,  64,  4,     2,   2,   2,    2,    2},
+    {80, kDType, 128,      64,  64,  4,     2,   2,   2,    1,    2},
+    {80, kDType, 192,      64,  96,  8,     4,   2,   2,    1,    1},
+    {80, kDType, 192,      32,  64,  8,     2,   4,   2,    1,    1},
+    {80, kDType, 256,      64,  64,  8,     2,   2,   2,    2,    1},
     {80, kDType, 256,      64,  64,  8,     4,   2,   2,    1,    1},
+    {80, kDType, 256,      32,  32,  4,     2,   2,   1,    1,    1},
     // clang-format on
 };
 

@@ -12,14 +12,13 @@ struct ForwardConfig {
   DType dtype;
   int head_dim;  // columns of the tile; smaller head_dims are padded with zeros on load
   int tile_m, tile_n;
-  int num_warps;        // each owns tile_m / num_warps query rows
-  int num_stages;       // buffers of K and V
-  bool q_in_registers;  // query fragments stay in registers instead of being re-read per key tile
-  int blocks_per_sm;    // thread blocks that registers are capped for
+  int num_warps;      // each owns tile_m / num_warps query rows
+  bool late_copy;     // the next K is copied under P V alone instead of under softmax and P V
+  int blocks_per_sm;  // thread blocks side by side on an SM
 
   constexpr int num_threads() const { return 32 * num_warps; }
   constexpr int smem_bytes() const {
-    return (tile_m + 2 * num_stages * tile_n) * head_dim * element_size(dtype);
+    return (tile_m + 2 * tile_n) * head_dim * element_size(dtype);
   }
   constexpr RowName name() const {
     return row_name("fwd", arch, head_dim, dtype == DType::kBf16 ? "bf16" : "fp16");
@@ -27,19 +26,19 @@ struct ForwardConfig {
   friend constexpr bool operator==(ForwardConfig const&, ForwardConfig const&) = default;
 };
 
-/// Rows of one dtype; rows of one (arch, head_dim) are in order of preference, and the first that
-/// fits the device's shared memory is taken (163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on
-/// sm_90).
+/// Rows of one dtype; rows of one (arch, head_dim) are in order of preference. The first whose
+/// blocks_per_sm fit an SM's shared memory is taken, else the first that fits at all (a block gets
+/// 163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on sm_90). Measured: docs/lessons.md.
 template <DType kDType>
 inline constexpr ForwardConfig kForwardRows[] = {
     // clang-format off
-    // arch dtype head_dim  m    n  warps stages q_reg blocks
-    {80, kDType,  64,     128, 128,  4,    1,  false,  2},
-    {80, kDType,  96,     128,  64,  4,    1,  false,  2},
-    {80, kDType, 128,     128,  64,  4,    1,  false,  2},
-    {80, kDType, 192,     128,  64,  8,    1,  false,  1},
-    {80, kDType, 256,     128,  64,  8,    1,  false,  1},
-    {80, kDType, 256,      64,  64,  4,    1,  false,  1},
+    // arch dtype head_dim  m    n  warps  late  blocks
+    {80, kDType,  64,     128,  96,  4,   false,  2},
+    {80, kDType,  96,     128,  64,  4,   false,  2},
+    {80, kDType, 128,     128,  64,  4,   true,   2},
+    {80, kDType, 192,      64,  64,  4,   false,  2},
+    {80, kDType, 256,      64,  64,  4,   false,  2},
+    {80, kDType, 256,     128,  64,  8,   false,  1},
     // clang-format on
 };
 

@@ -30,18 +30,37 @@ std::string reason_against(Config const& row, KernelRequest const& request) {
   return "";
 }
 
+/// True if blocks_per_sm thread blocks of `row` run side by side: CUDA reserves 1 KB of an SM's
+/// shared memory for each, and grants one block all of it but that.
+template <class Config>
+bool fills_sm(Config const& row, KernelRequest const& request) {
+  constexpr int kReserved = 1024;
+  return row.blocks_per_sm * (row.smem_bytes() + kReserved) <= request.smem_bytes + kReserved;
+}
+
 template <class Config>
 Selection<Config> select(std::vector<Config> const& rows, KernelRequest const& request) {
   std::string why_not;
+  Config const* first = nullptr;  // row that serves the request, of the smallest head_dim
   for (Config const& row : rows) {
     if (row.dtype != request.dtype) {
       continue;
     }
     std::string const reason = reason_against(row, request);
-    if (reason.empty()) {
+    if (!reason.empty()) {
+      why_not += "\n  " + std::string(std::string_view(row.name())) + ": " + reason;
+      continue;
+    }
+    if (first != nullptr && row.head_dim != first->head_dim) {
+      break;
+    }
+    if (fills_sm(row, request)) {
       return {row, true, ""};
     }
-    why_not += "\n  " + std::string(std::string_view(row.name())) + ": " + reason;
+    first = first == nullptr ? &row : first;
+  }
+  if (first != nullptr) {
+    return {*first, true, ""};
   }
   return {{}, false, why_not.empty() ? "\n  no kernel of this dtype" : why_not};
 }

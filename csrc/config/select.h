@@ -22,7 +22,7 @@ struct KernelRequest {
 std::vector<ForwardConfig> forward_rows();
 std::vector<BackwardConfig> backward_rows();
 
-/// First row that serves the request; null if none does.
+/// The row that serves the request, by the rule above kForwardRows.
 template <class Config>
 struct Selection {
   Config row;

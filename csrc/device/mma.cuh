@@ -60,14 +60,15 @@ __device__ __forceinline__ void warp_gemm(float (&acc)[kPiecesM][kHalfPiecesN][4
   constexpr int kPiecesN = kHalfPiecesN / 2;
   constexpr int kSteps = kPiecesK * kPiecesN;
   constexpr int kAhead = 2;
-  Piece a[2][kPiecesM], b[kAhead + 1];
+  constexpr int kBuffersA = ceil_div(kAhead, kPiecesN) + 1;  // k-steps of A in use or ahead
+  Piece a[kBuffersA][kPiecesM], b[kAhead + 1];
   auto load = [&](int step) {
     if (step < kSteps) {
       int const k = step / kPiecesN, n = step % kPiecesN;
       if (n == 0) {
 #pragma unroll
         for (int m = 0; m < kPiecesM; ++m) {
-          a[k % 2][m] = load_a(m, k);
+          a[k % kBuffersA][m] = load_a(m, k);
         }
       }
       b[step % (kAhead + 1)] = load_b(n, k);
@@ -84,24 +85,45 @@ __device__ __forceinline__ void warp_gemm(float (&acc)[kPiecesM][kHalfPiecesN][4
     Piece const& b_step = b[step % (kAhead + 1)];
 #pragma unroll
     for (int m = 0; m < kPiecesM; ++m) {
-      mma_m16n8k16<kDType>(acc[m][2 * n], a[k % 2][m], b_step.r[0], b_step.r[1]);
-      mma_m16n8k16<kDType>(acc[m][2 * n + 1], a[k % 2][m], b_step.r[2], b_step.r[3]);
+      mma_m16n8k16<kDType>(acc[m][2 * n], a[k % kBuffersA][m], b_step.r[0], b_step.r[1]);
+      mma_m16n8k16<kDType>(acc[m][2 * n + 1], a[k % kBuffersA][m], b_step.r[2], b_step.r[3]);
     }
   }
 }
 
+/// Sets every element of the rows g and g + 8 of piece m to rows[m][0] and rows[m][1].
 template <int kM, int kN>
-__device__ __forceinline__ void clear(float (&acc)[kM][kN][4]) {
+__device__ __forceinline__ void set_rows(float (&acc)[kM][kN][4], float const (&rows)[kM][2]) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        acc[m][n][e] = 0.f;
+        acc[m][n][e] = rows[m][e / 2];
       }
     }
   }
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void negate(float (&acc)[kM][kN][4]) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        acc[m][n][e] = -acc[m][n][e];
+      }
+    }
+  }
+}
+
+template <int kM, int kN>
+__device__ __forceinline__ void clear(float (&acc)[kM][kN][4]) {
+  float const zeros[kM][2] = {};
+  set_rows(acc, zeros);
 }
 
 }  // namespace flash

@@ -2,7 +2,7 @@
 // rows of an ldmatrix and the eight lanes of a 128-byte copy fall into different banks.
 #pragma once
 
-#include "device/fresh_idx.cuh"
+#include "device/fresh.cuh"
 
 namespace flash {
 

@@ -3,7 +3,8 @@
 
 #include "arith/mask_rule.h"
 #include "device/element.cuh"
-#include "device/fresh_idx.cuh"
+#include "device/fresh.cuh"
+#include "device/mma.cuh"
 
 namespace flash {
 
@@ -18,6 +19,11 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+/// 0 for -inf, the maximum of a row without visible keys.
+__device__ __forceinline__ float finite_or_zero(float x) {
+  return x == -kInfinity ? 0.f : x;
+}
+
 /// Where the pieces of a warp's accumulator lie in the score matrix: piece (m, n) begins at row
 /// first_row + m * row_step and column first_col + (n / 2) * col_step + (n % 2) * 8.
 struct PiecePlacement {
@@ -30,18 +36,21 @@ template <int kM, int kN>
 __device__ __forceinline__ void apply_mask(float (&scores)[kM][kN][4], PiecePlacement const& place,
                                            Mask mask, int seqlen_q, int seqlen_k) {
   int const lane_idx = fresh_thread_idx() % 32;
+  int const lane_col = place.first_col + lane_idx % 4 * 2;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const row = place.first_row + m * place.row_step + half * 8 + lane_idx / 4;
       KeyRange const keys = visible_keys(mask, row, seqlen_q, seqlen_k);
+      // Relative to the lane's first column every comparison is with a constant.
+      int const begin = keys.begin - lane_col, end = keys.end - lane_col;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
-        int const col = place.first_col + n / 2 * place.col_step + n % 2 * 8 + lane_idx % 4 * 2;
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          if (col + e < keys.begin || col + e >= keys.end) {
+          int const col = n / 2 * place.col_step + n % 2 * 8 + e;
+          if (col < begin || col >= end) {
             scores[m][n][2 * half + e] = -kInfinity;
           }
         }
@@ -68,39 +77,70 @@ struct OnlineSoftmax {
     }
   }
 
-  /// Replaces scores by exp(softmax_scale * (score - row maximum)) and brings sum and output to the
-  /// new maximum. A row that has seen no visible key keeps maximum -inf, sum 0 and output 0.
+  /// Takes over the maxima of a score tile, and scales sum and output to them, when a row's maximum
+  /// has grown by more than kSlack powers of two. Below that the old maximum does: the
+  /// probabilities are then up to 2^kSlack, which no 16-bit type rounds differently, and `out /
+  /// row_sum` is the same. A row that has seen no visible key keeps maximum -inf, sum 0 and output
+  /// 0.
   template <int kN, int kD>
-  __device__ __forceinline__ void update(float (&scores)[kM][kN][4], float (&out)[kM][kD][4],
-                                         float softmax_scale_log2) {
+  __device__ __forceinline__ void rescale(float const (&scores)[kM][kN][4], float (&out)[kM][kD][4],
+                                          float softmax_scale_log2) {
+    constexpr float kSlack = 8.f;
+    float new_max[kM][2];
+    bool grown = false;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float new_max = row_max[m][half];
+        float tile_max = scores[m][0][2 * half];
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
-          new_max = fmaxf(new_max, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+          tile_max = fmaxf(tile_max, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         }
-        new_max = quad_max(new_max);
-        float const shift = new_max == -kInfinity ? 0.f : new_max * softmax_scale_log2;
-        float const rescale = exp2_approx(row_max[m][half] * softmax_scale_log2 - shift);
-        row_max[m][half] = new_max;
-        float sum = row_sum[m][half] * rescale;
+        new_max[m][half] = fmaxf(row_max[m][half], quad_max(tile_max));
+        grown |= (new_max[m][half] - row_max[m][half]) * softmax_scale_log2 > kSlack;
+      }
+    }
+    if (!__any_sync(0xffffffffu, grown)) {
+      return;
+    }
 #pragma unroll
-        for (int n = 0; n < kN; ++n) {
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            scores[m][n][e] = exp2_approx(fmaf(scores[m][n][e], softmax_scale_log2, -shift));
-            sum += scores[m][n][e];
-          }
-        }
-        row_sum[m][half] = sum;
+      for (int half = 0; half < 2; ++half) {
+        float const shift = finite_or_zero(new_max[m][half]);
+        float const factor = exp2_approx((row_max[m][half] - shift) * softmax_scale_log2);
+        row_max[m][half] = new_max[m][half];
+        row_sum[m][half] *= factor;
 #pragma unroll
         for (int d = 0; d < kD; ++d) {
-          out[m][d][2 * half] *= rescale;
-          out[m][d][2 * half + 1] *= rescale;
+          out[m][d][2 * half] *= factor;
+          out[m][d][2 * half + 1] *= factor;
         }
+      }
+    }
+  }
+
+  /// Sets p = exp(softmax_scale * (scores - row maximum)) as operand pieces (an accumulator
+  /// fragment is the operand fragment of the next product) and adds it to the sums.
+  template <DType kDType, int kN>
+  __device__ __forceinline__ void exponentials(float const (&scores)[kM][2 * kN][4],
+                                               Piece (&p)[kM][kN], float softmax_scale_log2) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const shift = finite_or_zero(row_max[m][half]) * softmax_scale_log2;
+        float sum = row_sum[m][half];
+#pragma unroll
+        for (int n = 0; n < 2 * kN; ++n) {
+          float const left = exp2_approx(fmaf(scores[m][n][2 * half], softmax_scale_log2, -shift));
+          float const right =
+              exp2_approx(fmaf(scores[m][n][2 * half + 1], softmax_scale_log2, -shift));
+          sum += left + right;
+          p[m][n / 2].r[n % 2 * 2 + half] = pack2<kDType>(left, right);
+        }
+        row_sum[m][half] = sum;
       }
     }
   }

@@ -20,7 +20,6 @@ py::class_<Config> bind_row(py::module_& module, char const* name) {
       .def_readonly("tile_m", &Config::tile_m)
       .def_readonly("tile_n", &Config::tile_n)
       .def_readonly("num_warps", &Config::num_warps)
-      .def_readonly("num_stages", &Config::num_stages)
       .def_readonly("blocks_per_sm", &Config::blocks_per_sm)
       .def_property_readonly("num_threads", &Config::num_threads)
       .def_property_readonly("smem_bytes", &Config::smem_bytes)
@@ -43,11 +42,12 @@ void bind_config(py::module_& module) {
       .value("bf16", DType::kBf16)
       .value("fp32", DType::kFp32);
   bind_row<ForwardConfig>(module, "ForwardConfig")
-      .def_readonly("q_in_registers", &ForwardConfig::q_in_registers);
+      .def_readonly("late_copy", &ForwardConfig::late_copy);
   bind_row<BackwardConfig>(module, "BackwardConfig")
       .def_readonly("warps_m_s", &BackwardConfig::warps_m_s)
       .def_readonly("warps_n_dkv", &BackwardConfig::warps_n_dkv)
-      .def_readonly("warps_m_dq", &BackwardConfig::warps_m_dq);
+      .def_readonly("warps_m_dq", &BackwardConfig::warps_m_dq)
+      .def_readonly("num_stages", &BackwardConfig::num_stages);
   bind_selection<ForwardConfig>(module, "ForwardSelection");
   bind_selection<BackwardConfig>(module, "BackwardSelection");
   py::class_<KernelRequest>(module, "KernelRequest")

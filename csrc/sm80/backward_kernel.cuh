@@ -6,8 +6,8 @@
 // atomics, equal bits in every run. P is recomputed from softmax_lse. Per query tile:
 //
 //   wait Q, dO | S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - softmax_d) | P, dS to
-//   shared memory | barrier | dV += P^T dO, dQ = dS K (added to the fp32 sums in the workspace), dK
-//   += dS^T Q
+//   shared memory | barrier | dV += P^T dO, dK += dS^T Q, dQ = dS K (added to the fp32 sums in the
+//   workspace)
 //
 // dq sums lie in the order of the accumulator fragments (DqSums), so that a warp adds whole lines.
 // Deterministic: thread blocks take their tiles from a ticket counter, and the key tiles add to a
@@ -75,15 +75,16 @@ struct KeyTile {
   int batch;
   int head_k;
   BlockRange m_blocks;
-  int first_head;  // of the query heads that read head_k
 
-  /// Visits go from the last query tile to the first, head after head.
+  /// Query tiles of all query heads that read head_k.
   __device__ __forceinline__ int num_visits(Shape const& shape) const {
     return (m_blocks.max - m_blocks.min) * shape.query_heads_per_key_head();
   }
-  __device__ __forceinline__ QueryTile visit(int visit_idx) const {
+  /// Visits are counted down: last head and last query tile first.
+  __device__ __forceinline__ QueryTile visit(Shape const& shape, int visit_idx) const {
     int const num_m_blocks = m_blocks.max - m_blocks.min;
-    return {first_head + visit_idx / num_m_blocks, m_blocks.max - 1 - visit_idx % num_m_blocks};
+    return {head_k * shape.query_heads_per_key_head() + visit_idx / num_m_blocks,
+            m_blocks.min + visit_idx % num_m_blocks};
   }
 };
 
@@ -95,8 +96,7 @@ __device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileOr
   int const head_k = tile.batch_head % shape.num_heads_k;
   TileGrid const grid{Traits::kConfig.tile_m, Traits::kConfig.tile_n, shape.seqlen_q,
                       shape.seqlen_k, params.mask};
-  return {tile.block, tile.batch_head / shape.num_heads_k, head_k, m_block_range(grid, tile.block),
-          head_k * shape.query_heads_per_key_head()};
+  return {tile.block, tile.batch_head / shape.num_heads_k, head_k, m_block_range(grid, tile.block)};
 }
 
 /// Starts the copies of one visit's Q and dO into stage `stage`.
@@ -116,7 +116,8 @@ __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_
   cp_async_commit();
 }
 
-/// S = Q K^T, dP = dO V^T; leaves P and dS in shared memory as 16-bit tiles.
+/// S = Q K^T, dP - softmax_d = dO V^T - softmax_d; leaves P and dS in shared memory as 16-bit
+/// tiles.
 template <class Traits>
 __device__ __forceinline__ void scores(BackwardParams const& params, uint32_t smem, int batch,
                                        QueryTile const& visit, int n_block, int stage) {
@@ -130,7 +131,7 @@ __device__ __forceinline__ void scores(BackwardParams const& params, uint32_t sm
             warp_n = thread_idx / 32 / Traits::kWarpsMS;
   int const first_row = visit.m_block * kConfig.tile_m + 16 * warp_m;
 
-  float lse_log2[Traits::kMS][2], softmax_d[Traits::kMS][2];
+  float lse_log2[Traits::kMS][2], minus_d[Traits::kMS][2];
   int64_t const batch_head = int64_t(batch) * shape.num_heads + visit.head;
 #pragma unroll
   for (int m = 0; m < Traits::kMS; ++m) {
@@ -140,22 +141,23 @@ __device__ __forceinline__ void scores(BackwardParams const& params, uint32_t sm
       bool const valid = row < shape.seqlen_q;
       lse_log2[m][half] =
           valid ? params.softmax_lse[batch_head * shape.seqlen_q + row] * kLog2E : kInfinity;
-      softmax_d[m][half] = params.softmax_d[batch_head * softmax_d_rows(shape.seqlen_q) + row];
+      minus_d[m][half] = -params.softmax_d[batch_head * softmax_d_rows(shape.seqlen_q) + row];
     }
   }
 
   float acc_s[Traits::kMS][2 * Traits::kNS][4], acc_dp[Traits::kMS][2 * Traits::kNS][4];
   uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
-  auto product = [&](auto& acc, uint32_t rows_address, uint32_t keys_address) {
+  auto add_product = [&](auto& acc, uint32_t rows_address, uint32_t keys_address) {
     ReadRows const read_rows(rows_address, 16 * warp_m, 0, thread_idx);
     ReadKeys const read_keys(keys_address, 16 * warp_n, 0, thread_idx);
-    clear(acc);
     warp_gemm<Traits::kDType, Traits::kHeadDim / 16>(
         acc, [&](int m, int k) { return load_piece(read_rows, m * kRowStep, 16 * k); },
         [&](int n, int k) { return load_piece(read_keys, n * kColStep, 16 * k); });
   };
-  product(acc_s, smem + Traits::kSmemQ + stage_bytes, smem + Traits::kSmemK);
-  product(acc_dp, smem + Traits::kSmemDO + stage_bytes, smem + Traits::kSmemV);
+  clear(acc_s);
+  add_product(acc_s, smem + Traits::kSmemQ + stage_bytes, smem + Traits::kSmemK);
+  set_rows(acc_dp, minus_d);
+  add_product(acc_dp, smem + Traits::kSmemDO + stage_bytes, smem + Traits::kSmemV);
 
   TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
   BlockRange const full = full_n_block_range(grid, visit.m_block);
@@ -175,7 +177,7 @@ __device__ __forceinline__ void scores(BackwardParams const& params, uint32_t sm
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           p[e] = exp2_approx(fmaf(acc_s[m][n][2 * half + e], scale_log2, -lse_log2[m][half]));
-          ds[e] = p[e] * (acc_dp[m][n][2 * half + e] - softmax_d[m][half]);
+          ds[e] = p[e] * acc_dp[m][n][2 * half + e];
         }
         int const row = 16 * warp_m + m * kRowStep + half * 8 + lane_idx / 4;
         int const col = 16 * warp_n + n / 2 * kColStep + n % 2 * 8 + lane_idx % 4 * 2;
@@ -218,13 +220,16 @@ __device__ __forceinline__ void add_dq(DqSums const& sums, uint32_t smem, int m_
   warp_gemm<Traits::kDType, Traits::kConfig.tile_n / 16>(
       acc_dq, [&](int m, int k) { return load_piece(read_s, 16 * Traits::kWarpsMDq * m, 16 * k); },
       [&](int d, int k) { return load_piece(read_k, 16 * k, 16 * Traits::kWarpsDDq * d); });
+  // One address and constant offsets: 64-bit address arithmetic per piece would cost more than the
+  // reductions themselves.
+  float* const first = sums.piece(m_block * (Traits::kConfig.tile_m / 16) + warp_m, 2 * warp_d);
 #pragma unroll
   for (int m = 0; m < Traits::kMDq; ++m) {
-    int const piece_m = m_block * (Traits::kConfig.tile_m / 16) + warp_m + Traits::kWarpsMDq * m;
 #pragma unroll
     for (int d = 0; d < 2 * Traits::kDDq; ++d) {
-      sums.add(piece_m, 2 * (warp_d + d / 2 * Traits::kWarpsDDq) + d % 2, thread_idx % 32,
-               acc_dq[m][d]);
+      int const piece =
+          Traits::kWarpsMDq * m * (Traits::kHeadDim / 8) + 2 * Traits::kWarpsDDq * (d / 2) + d % 2;
+      DqSums::add(first + piece * DqSums::kPieceSize, thread_idx % 32, acc_dq[m][d]);
     }
   }
 }
@@ -267,10 +272,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   uint32_t const smem = uint32_t(__cvta_generic_to_shared(shared_memory));
 
   Shape const& shape = params.shape;
-  int const tile_idx = params.deterministic ? workspace.take_ticket() : fresh_block_idx();
+  int const tile_idx = params.deterministic ? workspace.take_ticket() : fresh(blockIdx.x);
   KeyTile const tile = key_tile<Traits>(params, order, tile_idx);
   int const first_key = tile.n_block * kConfig.tile_n;
-  int const num_visits = tile.num_visits(shape);
+  int visit_idx = tile.num_visits(shape) - 1;
 
   CopyK::load(smem + Traits::kSmemK,
               GlobalRows(params.k, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
@@ -279,27 +284,33 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
               GlobalRows(params.v, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
               first_key, threadIdx.x);
   cp_async_commit();
-  if (num_visits > 0) {
-    load_visit<Traits>(params, smem, tile.batch, tile.visit(0), 0);
+  if (visit_idx >= 0) {
+    load_visit<Traits>(params, smem, tile.batch, tile.visit(shape, visit_idx),
+                       visit_idx % Traits::kStages);
   }
 
   float acc_dk[Traits::kNDkv][2 * Traits::kDDkv][4], acc_dv[Traits::kNDkv][2 * Traits::kDDkv][4];
   clear(acc_dk);
   clear(acc_dv);
-  for (int visit_idx = 0; visit_idx < num_visits; ++visit_idx) {
-    QueryTile const visit = tile.visit(visit_idx);
+  for (; visit_idx >= 0; --visit_idx) {
+    QueryTile const visit = tile.visit(shape, visit_idx);
     int const stage = visit_idx % Traits::kStages;
     uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
-    bool const load_next = visit_idx + 1 < num_visits;
+    bool const load_next = visit_idx > 0;
     cp_async_wait<0>();
     __syncthreads();  // this visit's Q, dO are there; every warp is done with the previous visit
     if (Traits::kStages > 1 && load_next) {
-      load_visit<Traits>(params, smem, tile.batch, tile.visit(visit_idx + 1), stage ^ 1);
+      load_visit<Traits>(params, smem, tile.batch, tile.visit(shape, visit_idx - 1), stage ^ 1);
     }
     scores<Traits>(params, smem, tile.batch, visit, tile.n_block, stage);
     __syncthreads();  // P and dS are complete
 
     accumulate_keys<Traits>(acc_dv, smem + Traits::kSmemP, smem + Traits::kSmemDO + stage_bytes);
+    accumulate_keys<Traits>(acc_dk, smem + Traits::kSmemDS, smem + Traits::kSmemQ + stage_bytes);
+    if (Traits::kStages == 1 && load_next) {
+      __syncthreads();  // every warp is done with Q and dO
+      load_visit<Traits>(params, smem, tile.batch, tile.visit(shape, visit_idx - 1), 0);
+    }
     DqSums const sums = workspace.dq_sums(shape, tile.batch, visit.head);
     int* const turn = workspace.turn(shape, tile.batch, visit.head, visit.m_block);
     if (params.deterministic) {
@@ -310,11 +321,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     add_dq<Traits>(sums, smem, visit.m_block);
     if (params.deterministic) {
       pass_turn(turn);
-    }
-    accumulate_keys<Traits>(acc_dk, smem + Traits::kSmemDS, smem + Traits::kSmemQ + stage_bytes);
-    if (Traits::kStages == 1 && load_next) {
-      __syncthreads();  // every warp is done with Q and dO
-      load_visit<Traits>(params, smem, tile.batch, tile.visit(visit_idx + 1), 0);
     }
   }
   cp_async_wait<0>();

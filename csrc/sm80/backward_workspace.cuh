@@ -8,11 +8,12 @@ namespace flash::sm80 {
 /// fp32 dq sums of one (batch, head), in accumulator fragments of 16 rows x 8 columns: piece (m, d)
 /// is 32 lanes x 4 elements, so that a warp's addition touches whole lines.
 struct DqSums {
+  static constexpr int kPieceSize = 16 * 8;
   float* ptr;
   int pieces_d;  // head_dim of the kernel / 8
 
   __device__ __forceinline__ float* piece(int m, int d) const {
-    return ptr + (int64_t(m) * pieces_d + d) * 128;
+    return ptr + (int64_t(m) * pieces_d + d) * kPieceSize;
   }
 
   /// Where element `e` of lane `lane_idx` lies. With vector reductions (sm_90) a lane's four
@@ -25,8 +26,9 @@ struct DqSums {
 #endif
   }
 
-  __device__ __forceinline__ void add(int m, int d, int lane_idx, float const (&values)[4]) const {
-    float* const target = piece(m, d);
+  /// Adds one lane's elements to the piece at `target`.
+  static __device__ __forceinline__ void add(float* target, int lane_idx,
+                                             float const (&values)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + index(lane_idx, 0)),
                  "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])

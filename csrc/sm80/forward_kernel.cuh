@@ -59,20 +59,8 @@ struct ForwardWarp {
         [&](int n, int k) { return load_piece(read_k, 16 * n, 16 * k); });
   }
 
-  /// O += P V. The accumulator fragment of P is the operand fragment of the next product.
-  __device__ __forceinline__ void accumulate(
-      float const (&acc_p)[Traits::kPiecesM][2 * Traits::kPiecesN][4]) {
-    Piece p[Traits::kPiecesM][Traits::kPiecesN];
-#pragma unroll
-    for (int m = 0; m < Traits::kPiecesM; ++m) {
-#pragma unroll
-      for (int n = 0; n < Traits::kPiecesN; ++n) {
-        float const(&left)[4] = acc_p[m][2 * n];
-        float const(&right)[4] = acc_p[m][2 * n + 1];
-        p[m][n] = {{pack2<kDType>(left[0], left[1]), pack2<kDType>(left[2], left[3]),
-                    pack2<kDType>(right[0], right[1]), pack2<kDType>(right[2], right[3])}};
-      }
-    }
+  /// O += P V.
+  __device__ __forceinline__ void accumulate(Piece const (&p)[Traits::kPiecesM][Traits::kPiecesN]) {
     PieceReader<typename Traits::TileK, Operand::kB> const read_v(smem + Traits::kSmemV, 0, 0,
                                                                   fresh_thread_idx());
     warp_gemm<kDType, Traits::kPiecesN>(
@@ -103,7 +91,8 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
       float const sum = quad_sum(warp.softmax.row_sum[m][half]);
       float const scale = sum == 0.f ? 0.f : 1.f / sum;
       if (lane_idx % 4 == 0 && first_row + row < shape.seqlen_q) {
-        float const lse = fmaf(warp.softmax.row_max[m][half], params.softmax_scale, logf(sum));
+        float const lse = fmaf(finite_or_zero(warp.softmax.row_max[m][half]),
+                               fabsf(params.softmax_scale), logf(sum));
         softmax_lse[first_row + row] = sum == 0.f ? kInfinity : lse;
       }
 #pragma unroll
@@ -137,44 +126,57 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   int const batch = tile.batch_head / shape.num_heads, head = tile.batch_head % shape.num_heads;
   int const head_k = head / shape.query_heads_per_key_head();
   int const first_row = tile.block * kConfig.tile_m;
-  GlobalRows const q(params.q, batch, head, shape.seqlen_q, shape.head_dim);
-  GlobalRows const k(params.k, batch, head_k, shape.seqlen_k, shape.head_dim);
-  GlobalRows const v(params.v, batch, head_k, shape.seqlen_k, shape.head_dim);
   TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
   BlockRange const visible = n_block_range(grid, tile.block);
   BlockRange const full = full_n_block_range(grid, tile.block);
+  auto const copy_tile = [&](Strided const& tensor, uint32_t smem_tile, int n_block) {
+    GlobalRows const rows(tensor, fresh(batch), fresh(head_k), shape.seqlen_k, shape.head_dim);
+    CopyK::load(smem + smem_tile, rows, n_block * kConfig.tile_n, fresh_thread_idx());
+    cp_async_commit();
+  };
+  auto const swap_k_for_v = [&](int n_block) {
+    cp_async_wait<0>();
+    __syncthreads();  // V[n] is there; every warp is done with K[n]
+    if (n_block > visible.min) {
+      copy_tile(params.k, Traits::kSmemK, n_block - 1);
+    }
+  };
 
   ForwardWarp<Traits> warp(smem);
   if (visible.max > visible.min) {
-    CopyQ::load(smem, q, first_row, threadIdx.x);
-    CopyK::load(smem + Traits::kSmemK, k, (visible.max - 1) * kConfig.tile_n, threadIdx.x);
-    cp_async_commit();
+    GlobalRows const q(params.q, batch, head, shape.seqlen_q, shape.head_dim);
+    CopyQ::load(smem, q, first_row, fresh_thread_idx());
+    copy_tile(params.k, Traits::kSmemK, visible.max - 1);
   }
   for (int n_block = visible.max - 1; n_block >= visible.min; --n_block) {
     cp_async_wait<0>();
     __syncthreads();  // K[n] is there; every warp is done with V[n + 1]
-    CopyK::load(smem + Traits::kSmemV, v, n_block * kConfig.tile_n, fresh_thread_idx());
-    cp_async_commit();
+    copy_tile(params.v, Traits::kSmemV, n_block);
 
     float acc_s[Traits::kPiecesM][2 * Traits::kPiecesN][4];
     warp.scores(acc_s);
-
-    cp_async_wait<0>();
-    __syncthreads();  // V[n] is there; every warp is done with K[n]
-    if (n_block > visible.min) {
-      CopyK::load(smem + Traits::kSmemK, k, (n_block - 1) * kConfig.tile_n, fresh_thread_idx());
-      cp_async_commit();
+    if (params.softmax_scale < 0.f) {
+      negate(acc_s);
+    }
+    if constexpr (!kConfig.late_copy) {
+      swap_k_for_v(n_block);
     }
     if (n_block < full.min || n_block >= full.max) {
       PiecePlacement const place{first_row + 16 * (fresh_thread_idx() / 32), warp.kRowStep,
                                  n_block * kConfig.tile_n, 16};
       apply_mask(acc_s, place, params.mask, shape.seqlen_q, shape.seqlen_k);
     }
-    warp.softmax.update(acc_s, warp.acc_o, params.softmax_scale * kLog2E);
-    warp.accumulate(acc_s);
+    float const scale_log2 = fabsf(params.softmax_scale) * kLog2E;
+    warp.softmax.rescale(acc_s, warp.acc_o, scale_log2);
+    Piece p[Traits::kPiecesM][Traits::kPiecesN];
+    warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
+    if constexpr (kConfig.late_copy) {
+      swap_k_for_v(n_block);
+    }
+    warp.accumulate(p);
   }
 
-  store_tile(warp, params, order.tile(fresh_block_idx()));
+  store_tile(warp, params, order.tile(fresh(blockIdx.x)));
 }
 
 }  // namespace flash::sm80

@@ -1,0 +1,23 @@
+// Keeps the compiler from hoisting what is derived from a value out of the main loop: it is
+// computed where it is used instead of being held in registers. The 128-wide kernels need all 255
+// registers and spilled loop invariants otherwise (nvcc 13.0).
+#pragma once
+
+#include "arith/integer.h"
+
+namespace flash {
+
+/// The same value, which the compiler takes for a new one at every call.
+__device__ __forceinline__ int fresh(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+/// threadIdx.x, read anew.
+__device__ __forceinline__ int fresh_thread_idx() {
+  int idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
+  return idx;
+}
+
+}  // namespace flash
