@@ -10,7 +10,7 @@ import torch
 from cases import Case, make_gradients, make_inputs
 from torch import Tensor
 
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, ops
 from flash_attn.problem import scale_of
 from flash_attn.reference import attention_reference, visible_keys
 
@@ -58,6 +58,17 @@ def flash_results(
             *inputs, return_attn_probs=True, deterministic=deterministic, **case.options
         )
         return Results(out, softmax_lse, *gradients(out, softmax_lse, inputs, dout, dlse))
+
+
+def op_results(case: Case, arguments: list[Tensor], dlse: Tensor) -> tuple[Tensor, ...]:
+    """out, softmax_lse, softmax_d, dq, dk and dv of the ops; arguments are q, k, v and dout."""
+    q, k, v, dout = arguments
+    scale = case.head_dim**-0.5
+    right = 0 if case.causal else -1
+    out, softmax_lse = ops.forward(q, k, v, scale, -1, right)
+    grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
+    softmax_d = ops.backward(dout, q, k, v, out, softmax_lse, dlse, *grads, scale, -1, right, True)
+    return out, softmax_lse, softmax_d, *grads
 
 
 def reference_results(
