@@ -135,3 +135,10 @@ def test_ops_check_what_they_get_and_work_afterwards(name: str) -> None:
         run_ops(make())
     run_ops(op_tensors())
     torch.cuda.synchronize()
+
+
+def test_devices_without_a_backend() -> None:
+    with FakeTensorMode():
+        q = torch.ones(Q, device="xpu")
+        with pytest.raises(ValueError, match="^q: expected a CPU or CUDA tensor, got device xpu"):
+            flash_attn_func(q, q, q)

@@ -344,6 +344,14 @@ def test_double_backward_raises() -> None:
         dq.sum().backward()
 
 
+def test_double_backward_through_softmax_lse_raises() -> None:
+    inputs = grad_inputs()
+    _, lse, _ = flash_attn_func(*inputs, return_attn_probs=True)
+    (dk,) = torch.autograd.grad(lse.square().sum(), inputs[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        dk.sum().backward()
+
+
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_forward_mode_raises(requires_grad: bool) -> None:
     q, k, v = (tensor.detach().requires_grad_(requires_grad) for tensor in grad_inputs())
@@ -354,7 +362,18 @@ def test_forward_mode_raises(requires_grad: bool) -> None:
         flash_attn_func(q, k, v)  # nothing to differentiate
 
 
-@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad, torch.func.jacrev])
+def _vjp(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    return lambda *tensors: torch.func.vjp(function, *tensors)
+
+
+def _jvp(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    return lambda *tensors: torch.func.jvp(function, tensors, tensors)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [torch.func.vmap, torch.func.grad, torch.func.jacrev, torch.func.hessian, _vjp, _jvp],
+)
 def test_torch_func_raises(transform: Callable[..., Any]) -> None:
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flash_attn_func(q, k, v).sum()
@@ -364,6 +383,22 @@ def test_torch_func_raises(transform: Callable[..., Any]) -> None:
         tensors = tuple(tensor[0] for tensor in tensors)
     with pytest.raises(NotImplementedError, match="torch.func transforms"):
         transform(loss)(*tensors)
+
+
+def test_tensors_of_inference_mode_raise_where_gradients_are_wanted() -> None:
+    with torch.inference_mode():
+        k, v = rand(*K), rand(*K)
+    flash_attn_func(rand(*Q), k, v)  # nothing to differentiate
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
+        flash_attn_func(rand(*Q).requires_grad_(), k, v)
+
+
+def test_a_second_backward_through_freed_tensors_raises() -> None:
+    inputs = grad_inputs()
+    out = flash_attn_func(*inputs)
+    out.sum().backward(retain_graph=False)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        out.sum().backward()
 
 
 def test_backward_of_the_bare_op_is_not_silent() -> None:

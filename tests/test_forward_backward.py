@@ -16,6 +16,7 @@ from compare import (
     check_results,
     flash_results,
     gradients,
+    reference_results,
 )
 from torch import Tensor
 
@@ -167,7 +168,9 @@ def test_same_results_without_gradients(device: str) -> None:
     inputs = make_inputs(Case("causal", causal=True), torch.bfloat16, device)
     with_gradients = flash_attn_func(*inputs, causal=True)
     with torch.no_grad():
-        assert torch.equal(flash_attn_func(*inputs, causal=True), with_gradients)
+        without = flash_attn_func(*inputs, causal=True)
+    assert torch.equal(without, with_gradients)
+    assert with_gradients.requires_grad and not without.requires_grad
     with torch.inference_mode():
         assert torch.equal(flash_attn_func(*inputs, causal=True), with_gradients)
 
@@ -237,3 +240,22 @@ def test_changing_an_input_before_the_backward_is_noticed() -> None:
     k.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@on_backends
+@pytest.mark.parametrize("where", ["q", "k", "v", "dout"])
+def test_nan_reaches_what_depends_on_it_and_nothing_else(
+    where: str, device: str, dtype: torch.dtype
+) -> None:
+    """A diverged value must not be lost in a maximum, nor spread to other rows and heads."""
+    case = Case("plain", heads=4, heads_k=2, seqlen_q=150, seqlen_k=170)
+    inputs = make_inputs(case, dtype, device)
+    dout, dlse = make_gradients(case, dtype, device)
+    tensors = dict(zip("qkv", inputs, strict=True)) | {"dout": dout}
+    with torch.no_grad():
+        tensors[where][1, 70, 1, 9] = float("nan")
+    got = flash_results(case, inputs, dout, dlse)
+    exact = reference_results(case, inputs, dout, dlse, torch.float64)
+    for name, one, other in zip(Results._fields, got, exact, strict=True):
+        assert torch.equal(one.isnan(), other.isnan()), name
+    assert sum(tensor.isnan().any().item() for tensor in exact) >= 3
