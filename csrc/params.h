@@ -50,7 +50,7 @@ struct ForwardParams {
   float* softmax_lse;  // [batch, num_heads, seqlen_q], natural logarithm
   Shape shape;
   Mask mask;
-  float softmax_scale;
+  float softmax_scale;  // > 0
 };
 
 /// Gradients by recomputation from softmax_lse. With P the probabilities and dP = dout v^T:

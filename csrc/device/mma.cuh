@@ -107,20 +107,6 @@ __device__ __forceinline__ void set_rows(float (&acc)[kM][kN][4], float const (&
 }
 
 template <int kM, int kN>
-__device__ __forceinline__ void negate(float (&acc)[kM][kN][4]) {
-#pragma unroll
-  for (int m = 0; m < kM; ++m) {
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        acc[m][n][e] = -acc[m][n][e];
-      }
-    }
-  }
-}
-
-template <int kM, int kN>
 __device__ __forceinline__ void clear(float (&acc)[kM][kN][4]) {
   float const zeros[kM][2] = {};
   set_rows(acc, zeros);

@@ -91,8 +91,7 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
       float const sum = quad_sum(warp.softmax.row_sum[m][half]);
       float const scale = sum == 0.f ? 0.f : 1.f / sum;
       if (lane_idx % 4 == 0 && first_row + row < shape.seqlen_q) {
-        float const lse = fmaf(finite_or_zero(warp.softmax.row_max[m][half]),
-                               fabsf(params.softmax_scale), logf(sum));
+        float const lse = fmaf(warp.softmax.row_max[m][half], params.softmax_scale, logf(sum));
         softmax_lse[first_row + row] = sum == 0.f ? kInfinity : lse;
       }
 #pragma unroll
@@ -155,9 +154,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
 
     float acc_s[Traits::kPiecesM][2 * Traits::kPiecesN][4];
     warp.scores(acc_s);
-    if (params.softmax_scale < 0.f) {
-      negate(acc_s);
-    }
     if constexpr (!kConfig.late_copy) {
       swap_k_for_v(n_block);
     }
@@ -166,7 +162,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                                  n_block * kConfig.tile_n, 16};
       apply_mask(acc_s, place, params.mask, shape.seqlen_q, shape.seqlen_k);
     }
-    float const scale_log2 = fabsf(params.softmax_scale) * kLog2E;
+    float const scale_log2 = params.softmax_scale * kLog2E;
     warp.softmax.rescale(acc_s, warp.acc_o, scale_log2);
     Piece p[Traits::kPiecesM][Traits::kPiecesN];
     warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
