@@ -9,6 +9,9 @@ GPU = "cuda"
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
 
+# What an exception of C++ arrives as: ValueError under torch 2.10, RuntimeError under 2.15.
+CPP_ERROR = (ValueError, RuntimeError)
+
 
 def _name(device: str, dtype: torch.dtype) -> str:
     return f"{device}-{str(dtype).removeprefix('torch.')}"
