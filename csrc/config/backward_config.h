@@ -36,6 +36,7 @@ template <DType kDType>
 inline constexpr BackwardConfig kBackwardRows[] = {
     // clang-format off
     // arch dtype head_dim  m    n  warps  m_s n_dkv m_dq stages blocks
+    {80, kDType,  64,      64,  64,  4,     2,   2,   2,    2,    3},
     {80, kDType,  64,     128,  64,  4,     2,   2,   2,    1,    2},
     {80, kDType,  96,      64,  64,  4,     2,   2,   2,    2,    2},
     {80, kDType, 128,      64,  64,  4,     2,   2,   2,    2,    2},
@@ -43,7 +44,7 @@ inline constexpr BackwardConfig kBackwardRows[] = {
     {80, kDType, 192,      64,  96,  8,     4,   2,   2,    1,    1},
     {80, kDType, 192,      32,  64,  8,     2,   4,   2,    1,    1},
     {80, kDType, 256,      64,  64,  8,     2,   2,   2,    2,    1},
-    {80, kDType, 256,      64,  64,  8,     4,   2,   2,    1,    1},
+    {80, kDType, 256,      32,  64,  8,     2,   2,   2,    2,    1},
     {80, kDType, 256,      32,  32,  4,     2,   2,   1,    1,    1},
     // clang-format on
 };

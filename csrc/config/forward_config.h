@@ -33,7 +33,7 @@ template <DType kDType>
 inline constexpr ForwardConfig kForwardRows[] = {
     // clang-format off
     // arch dtype head_dim  m    n  warps  late  blocks
-    {80, kDType,  64,     128,  96,  4,   false,  2},
+    {80, kDType,  64,      64, 128,  4,   false,  3},
     {80, kDType,  96,     128,  64,  4,   false,  2},
     {80, kDType, 128,     128,  64,  4,   true,   2},
     {80, kDType, 192,      64,  64,  4,   false,  2},

@@ -70,4 +70,29 @@ struct PieceReader {
   }
 };
 
+/// One lane's addresses of the accumulator fragments (16 rows x 8 columns, mma.cuh) that its warp
+/// writes to a tile. Warps share a dimension as for PieceReader.
+template <class Tile>
+struct FragmentWriter {
+  uint32_t row_address;
+  uint32_t chunk_offset;
+
+  __device__ __forceinline__ FragmentWriter(uint32_t tile_address, int first_row, int first_col,
+                                            int thread_idx) {
+    int const row = first_row + thread_idx % 32 / 4;
+    int const chunk = first_col % Tile::kBlockCols / 8;
+    row_address = tile_address + first_col / Tile::kBlockCols * Tile::kBlockBytes +
+                  row * Tile::kRowBytes + thread_idx % 4 * 4;
+    chunk_offset = (chunk ^ Tile::swizzle(row)) << 4;
+  }
+
+  /// Address of the lane's two elements `row` rows down and `col` columns right, multiples of 8.
+  __device__ __forceinline__ uint32_t at(int row, int col) const {
+    int const block = col / Tile::kBlockCols;
+    int const chunk = col % Tile::kBlockCols / 8;
+    return row_address + block * Tile::kBlockBytes + row * Tile::kRowBytes +
+           (chunk_offset ^ (chunk << 4));
+  }
+};
+
 }  // namespace flash

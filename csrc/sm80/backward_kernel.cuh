@@ -74,17 +74,21 @@ struct KeyTile {
   int n_block;
   int batch;
   int head_k;
-  BlockRange m_blocks;
+  BlockRange m_blocks;  // query tiles that see some key
+  BlockRange full;      // query tiles without need of the element mask
 
   /// Query tiles of all query heads that read head_k.
   __device__ __forceinline__ int num_visits(Shape const& shape) const {
     return (m_blocks.max - m_blocks.min) * shape.query_heads_per_key_head();
   }
-  /// Visits are counted down: last head and last query tile first.
-  __device__ __forceinline__ QueryTile visit(Shape const& shape, int visit_idx) const {
-    int const num_m_blocks = m_blocks.max - m_blocks.min;
-    return {head_k * shape.query_heads_per_key_head() + visit_idx / num_m_blocks,
-            m_blocks.min + visit_idx % num_m_blocks};
+  /// Visits go from the last query tile to the first, last head first.
+  __device__ __forceinline__ QueryTile first_visit(Shape const& shape) const {
+    return {(head_k + 1) * shape.query_heads_per_key_head() - 1, m_blocks.max - 1};
+  }
+  __device__ __forceinline__ QueryTile after(QueryTile const& visit) const {
+    bool const same_head = visit.m_block > m_blocks.min;
+    return {same_head ? visit.head : visit.head - 1,
+            same_head ? visit.m_block - 1 : m_blocks.max - 1};
   }
 };
 
@@ -96,7 +100,10 @@ __device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileOr
   int const head_k = tile.batch_head % shape.num_heads_k;
   TileGrid const grid{Traits::kConfig.tile_m, Traits::kConfig.tile_n, shape.seqlen_q,
                       shape.seqlen_k, params.mask};
-  return {tile.block, tile.batch_head / shape.num_heads_k, head_k, m_block_range(grid, tile.block)};
+  // Keys past the end have to be masked in every visit: exp(0 - lse) may be infinite.
+  bool const ragged = (tile.block + 1) * Traits::kConfig.tile_n > shape.seqlen_k;
+  return {tile.block, tile.batch_head / shape.num_heads_k, head_k, m_block_range(grid, tile.block),
+          ragged ? BlockRange{0, 0} : full_m_block_range(grid, tile.block)};
 }
 
 /// Starts the copies of one visit's Q and dO into stage `stage`.
@@ -119,29 +126,27 @@ __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_
 /// S = Q K^T, dP - softmax_d = dO V^T - softmax_d; leaves P and dS in shared memory as 16-bit
 /// tiles.
 template <class Traits>
-__device__ __forceinline__ void scores(BackwardParams const& params, uint32_t smem, int batch,
-                                       QueryTile const& visit, int n_block, int stage) {
+__device__ __forceinline__ void scores(BackwardParams const& params, RowStats const* row_stats,
+                                       uint32_t smem, KeyTile const& tile, QueryTile const& visit,
+                                       int stage) {
   constexpr BackwardConfig kConfig = Traits::kConfig;
   constexpr int kRowStep = 16 * Traits::kWarpsMS, kColStep = 16 * Traits::kWarpsNS;
   using ReadRows = PieceReader<typename Traits::TileQ, Operand::kA>;
   using ReadKeys = PieceReader<typename Traits::TileK, Operand::kBTransposed>;
-  Shape const& shape = params.shape;
-  int const thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
-  int const warp_m = thread_idx / 32 % Traits::kWarpsMS,
-            warp_n = thread_idx / 32 / Traits::kWarpsMS;
+  int const thread_idx = fresh_thread_idx();
+  int const warp_m = thread_idx / 32 % Traits::kWarpsMS;
+  int const warp_n = thread_idx / 32 / Traits::kWarpsMS;
   int const first_row = visit.m_block * kConfig.tile_m + 16 * warp_m;
 
+  RowStats const* const lane_stats = row_stats + first_row + thread_idx % 32 / 4;
   float lse_log2[Traits::kMS][2], minus_d[Traits::kMS][2];
-  int64_t const batch_head = int64_t(batch) * shape.num_heads + visit.head;
 #pragma unroll
   for (int m = 0; m < Traits::kMS; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int const row = first_row + m * kRowStep + half * 8 + lane_idx / 4;
-      bool const valid = row < shape.seqlen_q;
-      lse_log2[m][half] =
-          valid ? params.softmax_lse[batch_head * shape.seqlen_q + row] * kLog2E : kInfinity;
-      minus_d[m][half] = -params.softmax_d[batch_head * softmax_d_rows(shape.seqlen_q) + row];
+      RowStats const stats = lane_stats[m * kRowStep + half * 8];
+      lse_log2[m][half] = stats.lse_log2;
+      minus_d[m][half] = stats.minus_d;
     }
   }
 
@@ -159,14 +164,13 @@ __device__ __forceinline__ void scores(BackwardParams const& params, uint32_t sm
   set_rows(acc_dp, minus_d);
   add_product(acc_dp, smem + Traits::kSmemDO + stage_bytes, smem + Traits::kSmemV);
 
-  TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
-  BlockRange const full = full_n_block_range(grid, visit.m_block);
-  if (n_block < full.min || n_block >= full.max) {
-    apply_mask(acc_s, {first_row, kRowStep, n_block * kConfig.tile_n + 16 * warp_n, kColStep},
-               params.mask, shape.seqlen_q, shape.seqlen_k);
+  if (visit.m_block < tile.full.min || visit.m_block >= tile.full.max) {
+    apply_mask(acc_s, {first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n, kColStep},
+               params.mask, params.shape.seqlen_q, params.shape.seqlen_k);
   }
 
   float const scale_log2 = params.softmax_scale * kLog2E;
+  FragmentWriter<typename Traits::TileS> const writer(smem, 16 * warp_m, 16 * warp_n, thread_idx);
 #pragma unroll
   for (int m = 0; m < Traits::kMS; ++m) {
 #pragma unroll
@@ -179,9 +183,7 @@ __device__ __forceinline__ void scores(BackwardParams const& params, uint32_t sm
           p[e] = exp2_approx(fmaf(acc_s[m][n][2 * half + e], scale_log2, -lse_log2[m][half]));
           ds[e] = p[e] * acc_dp[m][n][2 * half + e];
         }
-        int const row = 16 * warp_m + m * kRowStep + half * 8 + lane_idx / 4;
-        int const col = 16 * warp_n + n / 2 * kColStep + n % 2 * 8 + lane_idx % 4 * 2;
-        uint32_t const address = smem + Traits::TileS::offset(row, col);
+        uint32_t const address = writer.at(m * kRowStep + half * 8, n / 2 * kColStep + n % 2 * 8);
         store_shared(address + Traits::kSmemP, pack2<Traits::kDType>(p[0], p[1]));
         store_shared(address + Traits::kSmemDS, pack2<Traits::kDType>(ds[0], ds[1]));
       }
@@ -240,19 +242,19 @@ __device__ __forceinline__ void store_keys(float const (&acc)[Traits::kNDkv][2 *
                                            float scale, uint32_t tile_address,
                                            GlobalRows const& target, int first_row) {
   using TileK = typename Traits::TileK;
-  int const thread_idx = fresh_thread_idx(), lane_idx = thread_idx % 32;
+  int const thread_idx = fresh_thread_idx();
   int const warp_n = thread_idx / 32 % Traits::kWarpsNDkv;
   int const warp_d = thread_idx / 32 / Traits::kWarpsNDkv;
+  FragmentWriter<TileK> const writer(tile_address, 16 * warp_n, 16 * warp_d, thread_idx);
 #pragma unroll
   for (int n = 0; n < Traits::kNDkv; ++n) {
 #pragma unroll
     for (int d = 0; d < 2 * Traits::kDDkv; ++d) {
-      int const col = 16 * (warp_d + d / 2 * Traits::kWarpsDDkv) + d % 2 * 8 + lane_idx % 4 * 2;
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int const row = 16 * (warp_n + n * Traits::kWarpsNDkv) + half * 8 + lane_idx / 4;
         store_shared(
-            tile_address + TileK::offset(row, col),
+            writer.at(16 * Traits::kWarpsNDkv * n + half * 8,
+                      16 * Traits::kWarpsDDkv * (d / 2) + d % 2 * 8),
             pack2<Traits::kDType>(acc[n][d][2 * half] * scale, acc[n][d][2 * half + 1] * scale));
       }
     }
@@ -275,7 +277,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   int const tile_idx = params.deterministic ? workspace.take_ticket() : fresh(blockIdx.x);
   KeyTile const tile = key_tile<Traits>(params, order, tile_idx);
   int const first_key = tile.n_block * kConfig.tile_n;
-  int visit_idx = tile.num_visits(shape) - 1;
+  int visits_left = tile.num_visits(shape);
+  QueryTile next_visit = tile.first_visit(shape);
 
   CopyK::load(smem + Traits::kSmemK,
               GlobalRows(params.k, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
@@ -284,32 +287,33 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
               GlobalRows(params.v, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
               first_key, threadIdx.x);
   cp_async_commit();
-  if (visit_idx >= 0) {
-    load_visit<Traits>(params, smem, tile.batch, tile.visit(shape, visit_idx),
-                       visit_idx % Traits::kStages);
+  if (visits_left > 0) {
+    load_visit<Traits>(params, smem, tile.batch, next_visit, visits_left % Traits::kStages);
   }
 
   float acc_dk[Traits::kNDkv][2 * Traits::kDDkv][4], acc_dv[Traits::kNDkv][2 * Traits::kDDkv][4];
   clear(acc_dk);
   clear(acc_dv);
-  for (; visit_idx >= 0; --visit_idx) {
-    QueryTile const visit = tile.visit(shape, visit_idx);
-    int const stage = visit_idx % Traits::kStages;
+  for (; visits_left > 0; --visits_left) {
+    QueryTile const visit = next_visit;
+    next_visit = tile.after(visit);
+    int const stage = visits_left % Traits::kStages;
     uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
-    bool const load_next = visit_idx > 0;
+    bool const load_next = visits_left > 1;
     cp_async_wait<0>();
     __syncthreads();  // this visit's Q, dO are there; every warp is done with the previous visit
     if (Traits::kStages > 1 && load_next) {
-      load_visit<Traits>(params, smem, tile.batch, tile.visit(shape, visit_idx - 1), stage ^ 1);
+      load_visit<Traits>(params, smem, tile.batch, next_visit, stage ^ 1);
     }
-    scores<Traits>(params, smem, tile.batch, visit, tile.n_block, stage);
+    scores<Traits>(params, workspace.row_stats_of(shape, tile.batch, visit.head), smem, tile, visit,
+                   stage);
     __syncthreads();  // P and dS are complete
 
     accumulate_keys<Traits>(acc_dv, smem + Traits::kSmemP, smem + Traits::kSmemDO + stage_bytes);
     accumulate_keys<Traits>(acc_dk, smem + Traits::kSmemDS, smem + Traits::kSmemQ + stage_bytes);
     if (Traits::kStages == 1 && load_next) {
       __syncthreads();  // every warp is done with Q and dO
-      load_visit<Traits>(params, smem, tile.batch, tile.visit(shape, visit_idx - 1), 0);
+      load_visit<Traits>(params, smem, tile.batch, next_visit, 0);
     }
     DqSums const sums = workspace.dq_sums(shape, tile.batch, visit.head);
     int* const turn = workspace.turn(shape, tile.batch, visit.head, visit.m_block);

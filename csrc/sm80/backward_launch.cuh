@@ -26,10 +26,11 @@ template <BackwardConfig kConfig>
 void launch_backward(BackwardParams const& params, Device const& device, Stream stream) {
   Shape const& shape = params.shape;
   int const batch_heads = shape.batch_size * shape.num_heads;
+  char* const row_stats = static_cast<char*>(params.workspace) + dq_sums_bytes(kConfig, shape);
+  char* const counters = row_stats + row_stats_bytes(shape);
   BackwardWorkspace const workspace{
-      static_cast<float*>(params.workspace),
-      reinterpret_cast<int*>(static_cast<char*>(params.workspace) + dq_sums_bytes(kConfig, shape)),
-      kConfig.head_dim, ceil_div(shape.seqlen_q, kConfig.tile_m)};
+      static_cast<float*>(params.workspace), reinterpret_cast<RowStats*>(row_stats),
+      reinterpret_cast<int*>(counters), kConfig.head_dim, ceil_div(shape.seqlen_q, kConfig.tile_m)};
   TileOrder const order = backward_order(kConfig, params, device);
 
   flash::launch<preprocess_kernel<kConfig.dtype>>(

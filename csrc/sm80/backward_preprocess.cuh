@@ -10,8 +10,9 @@ namespace flash::sm80 {
 constexpr int kRowsPerBlock = 16;  // query rows of a thread block: one row of dq pieces
 constexpr int kSideThreads = 128;
 
-/// softmax_d = rowsum(dout * out) - dlse, and clears the dq sums and counters. One thread block per
-/// 16 rows of one (batch, head), eight lanes a row; rows past seqlen_q get softmax_d 0.
+/// softmax_d = rowsum(dout * out) - dlse, row statistics for the main kernel, and clears the dq
+/// sums and counters. One thread block per 16 rows of one (batch, head), eight lanes a row; rows
+/// past seqlen_q get softmax_d 0.
 template <DType kDType>
 __global__ void __launch_bounds__(kSideThreads)
     preprocess_kernel(__grid_constant__ BackwardParams const params,
@@ -44,17 +45,21 @@ __global__ void __launch_bounds__(kSideThreads)
     sum += __shfl_xor_sync(0xffffffffu, sum, distance);
   }
   if (threadIdx.x % 8 == 0) {
+    float lse = kInfinity;
     if (row < shape.seqlen_q) {
       int64_t const idx = int64_t(batch_head) * shape.seqlen_q + row;
+      lse = params.softmax_lse[idx];
       if (params.dlse != nullptr) {
         sum -= params.dlse[idx];
       }
       // A row without visible keys has gradient 0 whatever comes in for it.
-      if (params.softmax_lse[idx] == kInfinity) {
+      if (lse == kInfinity) {
         sum = 0.f;
       }
     }
-    params.softmax_d[int64_t(batch_head) * rows + row] = sum;
+    int64_t const idx = int64_t(batch_head) * rows + row;
+    params.softmax_d[idx] = sum;
+    workspace.row_stats[idx] = {lse * kLog2E, -sum};
   }
 
   int const chunks = kRowsPerBlock * workspace.head_dim / 4;
@@ -69,7 +74,8 @@ __global__ void __launch_bounds__(kSideThreads)
 }
 
 /// dq = softmax_scale * sums, from accumulator fragments to rows. One thread block per 16 rows of
-/// one (batch, head).
+/// one (batch, head); a thread takes the eight columns of one piece in the rows g and g + 8, which
+/// the four lanes 4 g ... 4 g + 3 hold.
 template <DType kDType>
 __global__ void __launch_bounds__(kSideThreads)
     convert_dq_kernel(__grid_constant__ BackwardParams const params,
@@ -80,20 +86,27 @@ __global__ void __launch_bounds__(kSideThreads)
   int const batch = batch_head / shape.num_heads, head = batch_head % shape.num_heads;
   GlobalRows const dq(params.dq, batch, head, shape.seqlen_q, shape.head_dim);
   DqSums const sums = workspace.dq_sums(shape, batch, head);
-  int const warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
-  for (int d = warp_idx; d < shape.head_dim / 8; d += kSideThreads / 32) {
-    float const* const piece = sums.piece(block, d);
-    float value[4];
-    for (int e = 0; e < 4; ++e) {
-      value[e] = piece[DqSums::index(lane_idx, e)] * params.softmax_scale;
+  int const num_pieces = shape.head_dim / 8;
+  for (int idx = threadIdx.x; idx < num_pieces * 8; idx += kSideThreads) {
+    int const d = idx % num_pieces, g = idx / num_pieces;
+    auto const* const piece =
+        static_cast<float const*>(__builtin_assume_aligned(sums.piece(block, d), 16));
+    uint32_t pairs[2][4];
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const left = piece[DqSums::index(4 * g + t, 2 * half)] * params.softmax_scale;
+        float const right = piece[DqSums::index(4 * g + t, 2 * half + 1)] * params.softmax_scale;
+        pairs[half][t] = pack2<kDType>(left, right);
+      }
     }
-    uint32_t const pairs[2] = {pack2<kDType>(value[0], value[1]),
-                               pack2<kDType>(value[2], value[3])};
+#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int const row = block * kRowsPerBlock + half * 8 + lane_idx / 4;
+      int const row = block * kRowsPerBlock + half * 8 + g;
       if (row < shape.seqlen_q) {
-        *reinterpret_cast<uint32_t*>(dq.ptr + row * dq.row_bytes + d * 16 + lane_idx % 4 * 4) =
-            pairs[half];
+        *reinterpret_cast<uint4*>(dq.ptr + row * dq.row_bytes + d * 16) = {
+            pairs[half][0], pairs[half][1], pairs[half][2], pairs[half][3]};
       }
     }
   }

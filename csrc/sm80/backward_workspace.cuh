@@ -43,9 +43,16 @@ struct DqSums {
   }
 };
 
-/// Layout of BackwardParams::workspace. Everything is cleared by the preprocess kernel.
+/// What the main kernel needs of a query row. Rows past seqlen_q have lse_log2 = +inf, so P = 0.
+struct alignas(8) RowStats {
+  float lse_log2;  // softmax_lse * log2(e)
+  float minus_d;   // -softmax_d
+};
+
+/// Layout of BackwardParams::workspace. The preprocess kernel writes or clears all of it.
 struct BackwardWorkspace {
-  float* dq;      // [batch, heads, softmax_d_rows(seqlen_q), head_dim of the kernel]
+  float* dq;            // [batch, heads, softmax_d_rows(seqlen_q), head_dim of the kernel]
+  RowStats* row_stats;  // [batch, heads, softmax_d_rows(seqlen_q)]
   int* counters;  // [1 + batch * heads * query tiles]: the ticket counter, then one turn a query
                   // tile
   int head_dim;   // of the kernel
@@ -54,6 +61,11 @@ struct BackwardWorkspace {
   __device__ __forceinline__ DqSums dq_sums(Shape const& shape, int batch, int head) const {
     int64_t const rows = softmax_d_rows(shape.seqlen_q);
     return {dq + (int64_t(batch) * shape.num_heads + head) * rows * head_dim, head_dim / 8};
+  }
+
+  __device__ __forceinline__ RowStats* row_stats_of(Shape const& shape, int batch, int head) const {
+    int64_t const rows = softmax_d_rows(shape.seqlen_q);
+    return row_stats + (int64_t(batch) * shape.num_heads + head) * rows;
   }
 
   __device__ __forceinline__ int* turn(Shape const& shape, int batch, int head, int m_block) const {

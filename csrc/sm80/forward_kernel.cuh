@@ -82,6 +82,7 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
   float* const softmax_lse = params.softmax_lse + int64_t(tile.batch_head) * shape.seqlen_q;
   int const thread_idx = fresh_thread_idx();
   int const warp_idx = thread_idx / 32, lane_idx = thread_idx % 32;
+  FragmentWriter<TileQ> const writer(warp.smem, 16 * warp_idx, 0, thread_idx);
 #pragma unroll
   for (int m = 0; m < Traits::kPiecesM; ++m) {
     int const piece_row = 16 * warp_idx + m * kRowStep;
@@ -98,7 +99,7 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
       for (int d = 0; d < 2 * Traits::kPiecesD; ++d) {
         uint32_t const pair = pack2<Traits::kConfig.dtype>(warp.acc_o[m][d][2 * half] * scale,
                                                            warp.acc_o[m][d][2 * half + 1] * scale);
-        store_shared(warp.smem + TileQ::offset(row, 8 * d + lane_idx % 4 * 2), pair);
+        store_shared(writer.at(m * kRowStep + half * 8, 8 * d), pair);
       }
     }
   }

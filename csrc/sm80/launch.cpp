@@ -41,8 +41,8 @@ void backward(BackwardConfig const& config, BackwardParams const& params, Device
 }
 
 std::size_t backward_workspace_bytes(BackwardConfig const& config, Shape const& shape) {
-  return std::size_t(dq_sums_bytes(config, shape)) +
-         std::size_t(num_counters(config, shape)) * sizeof(int);
+  return std::size_t(dq_sums_bytes(config, shape) + row_stats_bytes(shape) +
+                     num_counters(config, shape) * int64_t(sizeof(int)));
 }
 
 }  // namespace flash::sm80
