@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,7 +134,10 @@ def test_compiled_training_step_equals_eager(name: str, device: str) -> None:
         torch.testing.assert_close(gradient, other)
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="torch's compiler needs a C compiler")
+@pytest.mark.skipif(
+    shutil.which("cc") is None or not Path(sysconfig.get_paths()["include"], "Python.h").exists(),
+    reason="torch's compiler needs a C compiler and Python.h",
+)
 @on_devices
 def test_compiled_by_inductor_with_changing_lengths(device: str) -> None:
     """The default compiler, strided inputs inside of the graph, and no recompilation per length."""
