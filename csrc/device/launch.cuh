@@ -32,6 +32,16 @@ void allow_shared_memory(int smem_bytes) {
   }
 }
 
+/// False if no GPU that runs the code being compiled grants a thread block so much shared memory: the
+/// kernel's body is then left out.
+__device__ constexpr bool fits_compiled_arch(int smem_bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return smem_bytes <= 163 * 1024;
+#else
+  return smem_bytes <= 227 * 1024;
+#endif
+}
+
 /// Launches kKernel on a one-dimensional grid; an empty grid launches nothing.
 template <auto kKernel, class... Args>
 void launch(int64_t num_blocks, int num_threads, int smem_bytes, void* stream,

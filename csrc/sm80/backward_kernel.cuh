@@ -19,11 +19,16 @@
 #include "arith/tile_order.h"
 #include "config/backward_config.h"
 #include "device/copy.cuh"
+#include "device/launch.cuh"
 #include "device/mma.cuh"
 #include "device/softmax.cuh"
 #include "sm80/backward_workspace.cuh"
 
 namespace flash::sm80 {
+
+/// When the copies of the next visit start: not beside the loads of S and dP, which keep shared
+/// memory busy. A thread block that is alone on its SM is 3 % faster when they start later.
+enum class CopyPoint { kBeforeDv, kBeforeDk, kBeforeDq };
 
 template <BackwardConfig kConfig_>
 struct BackwardTraits {
@@ -32,6 +37,9 @@ struct BackwardTraits {
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kThreads = kConfig.num_threads();
   static constexpr int kStages = kConfig.num_stages;
+  static constexpr CopyPoint kCopyPoint = kStages == 1                ? CopyPoint::kBeforeDq
+                                          : kConfig.blocks_per_sm > 1 ? CopyPoint::kBeforeDv
+                                                                      : CopyPoint::kBeforeDk;
   using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;        // Q and dO
   using TileK = SmemTile<kConfig.tile_n, kHeadDim>;        // K and V
   using TileS = SmemTile<kConfig.tile_m, kConfig.tile_n>;  // P and dS
@@ -270,6 +278,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                     __grid_constant__ BackwardWorkspace const workspace) {
   using CopyK = TileCopy<typename Traits::TileK, Traits::kThreads>;
   constexpr BackwardConfig kConfig = Traits::kConfig;
+  if (!fits_compiled_arch(kConfig.smem_bytes())) {
+    return;
+  }
   extern __shared__ __align__(128) char shared_memory[];
   uint32_t const smem = uint32_t(__cvta_generic_to_shared(shared_memory));
 
@@ -299,21 +310,29 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     next_visit = tile.after(visit);
     int const stage = visits_left % Traits::kStages;
     uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
-    bool const load_next = visits_left > 1;
+    auto const copy_next_visit = [&] {
+      if (visits_left > 1) {
+        load_visit<Traits>(params, smem, tile.batch, next_visit,
+                           (visits_left - 1) % Traits::kStages);
+      }
+    };
     cp_async_wait<0>();
     __syncthreads();  // this visit's Q, dO are there; every warp is done with the previous visit
-    if (Traits::kStages > 1 && load_next) {
-      load_visit<Traits>(params, smem, tile.batch, next_visit, stage ^ 1);
-    }
     scores<Traits>(params, workspace.row_stats_of(shape, tile.batch, visit.head), smem, tile, visit,
                    stage);
     __syncthreads();  // P and dS are complete
 
+    if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDv) {
+      copy_next_visit();
+    }
     accumulate_keys<Traits>(acc_dv, smem + Traits::kSmemP, smem + Traits::kSmemDO + stage_bytes);
+    if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDk) {
+      copy_next_visit();
+    }
     accumulate_keys<Traits>(acc_dk, smem + Traits::kSmemDS, smem + Traits::kSmemQ + stage_bytes);
-    if (Traits::kStages == 1 && load_next) {
+    if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDq) {
       __syncthreads();  // every warp is done with Q and dO
-      load_visit<Traits>(params, smem, tile.batch, next_visit, 0);
+      copy_next_visit();
     }
     DqSums const sums = workspace.dq_sums(shape, tile.batch, visit.head);
     int* const turn = workspace.turn(shape, tile.batch, visit.head, visit.m_block);

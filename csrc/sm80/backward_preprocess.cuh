@@ -89,16 +89,15 @@ __global__ void __launch_bounds__(kSideThreads)
   int const num_pieces = shape.head_dim / 8;
   for (int idx = threadIdx.x; idx < num_pieces * 8; idx += kSideThreads) {
     int const d = idx % num_pieces, g = idx / num_pieces;
-    auto const* const piece =
-        static_cast<float const*>(__builtin_assume_aligned(sums.piece(block, d), 16));
+    float quad[4][4];
+    DqSums::load_quad(sums.piece(block, d), g, quad);
     uint32_t pairs[2][4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float const left = piece[DqSums::index(4 * g + t, 2 * half)] * params.softmax_scale;
-        float const right = piece[DqSums::index(4 * g + t, 2 * half + 1)] * params.softmax_scale;
-        pairs[half][t] = pack2<kDType>(left, right);
+        pairs[half][t] = pack2<kDType>(quad[t][2 * half] * params.softmax_scale,
+                                       quad[t][2 * half + 1] * params.softmax_scale);
       }
     }
 #pragma unroll

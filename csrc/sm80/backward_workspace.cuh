@@ -16,30 +16,40 @@ struct DqSums {
     return ptr + (int64_t(m) * pieces_d + d) * kPieceSize;
   }
 
-  /// Where element `e` of lane `lane_idx` lies. With vector reductions (sm_90) a lane's four
-  /// elements are neighbours; without them each of four scalar reductions covers 32 neighbours.
-  static __device__ __forceinline__ int index(int lane_idx, int e) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    return 4 * lane_idx + e;
-#else
-    return 32 * e + lane_idx;
-#endif
-  }
+  // With vector reductions (sm_90) a lane's four elements are neighbours; without them each of four
+  // scalar reductions covers 32 neighbours.
 
   /// Adds one lane's elements to the piece at `target`.
   static __device__ __forceinline__ void add(float* target, int lane_idx,
                                              float const (&values)[4]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + index(lane_idx, 0)),
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(target + 4 * lane_idx),
                  "f"(values[0]), "f"(values[1]), "f"(values[2]), "f"(values[3])
                  : "memory");
 #else
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target + index(lane_idx, e)), "f"(values[e])
+      asm volatile("red.global.add.f32 [%0], %1;" ::"l"(target + 32 * e + lane_idx), "f"(values[e])
                    : "memory");
     }
 #endif
+  }
+
+  /// Reads the elements of the four lanes 4 g ... 4 g + 3, which share the rows g and g + 8.
+  static __device__ __forceinline__ void load_quad(float const* piece, int g,
+                                                   float (&values)[4][4]) {
+    auto const* const chunks = reinterpret_cast<float4 const*>(piece);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+      float4 const lane = chunks[4 * g + i];
+      values[i][0] = lane.x, values[i][1] = lane.y, values[i][2] = lane.z, values[i][3] = lane.w;
+#else
+      float4 const element = chunks[8 * i + g];
+      values[0][i] = element.x, values[1][i] = element.y;
+      values[2][i] = element.z, values[3][i] = element.w;
+#endif
+    }
   }
 };
 
