@@ -4,6 +4,7 @@ python -m benchmarks                            every benchmark for this machine
 python -m benchmarks attention [option ...]     TFLOP/s of one call, grids of problems
 python -m benchmarks host [option ...]          host microseconds of one call
 python -m benchmarks cpu [option ...]           the CPU backend beside PyTorch's own
+python -m benchmarks builds OLD.so NEW.so ...   two builds of this package: before and after
 python -m benchmarks --help                     this, and the options of each
 """
 
@@ -12,7 +13,12 @@ import sys
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
-SCRIPTS = {"attention": "bench_attention.py", "host": "host_time.py", "cpu": "bench_cpu.py"}
+SCRIPTS = {
+    "attention": "bench_attention.py",
+    "host": "host_time.py",
+    "cpu": "bench_cpu.py",
+    "builds": "compare_builds.py",
+}
 FOR_GPU, FOR_CPU = ("attention", "host"), ("cpu", "host")
 
 

@@ -36,7 +36,8 @@ from contenders import (
     load,
     sampled_references,
 )
-from problems import GRIDS, MATMULS, Problem, grid
+from options import add_problems, make_parser, names_of, parse_problems
+from problems import Problem
 from tables import plot, report
 from timing import Call, Clock, Roofline, clock_for, interleaved, measure_roofline
 from torch import Tensor
@@ -109,55 +110,18 @@ def measure(
     }
 
 
-def names_of(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks attention",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    on_gpu = torch.cuda.is_available()
+    parser = make_parser("attention", __doc__)
+    add_problems(parser, cpu_grid="tiny")
     add = parser.add_argument
-    add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")
-    add("--contenders", type=names_of, default="ours,fa2,cudnn,fa3" if on_gpu else "ours,sdpa",
+    default = "ours,fa2,cudnn,fa3" if torch.cuda.is_available() else "ours,sdpa"
+    add("--contenders", type=names_of, default=default,
         help=f"of {', '.join(CONTENDERS)}; default here: %(default)s")  # fmt: skip
-    add("--grid", type=names_of, default="paper" if on_gpu else "tiny",
-        help=f"of {', '.join(GRIDS)}; default here: %(default)s")  # fmt: skip
-    add("--head-dims", type=names_of, help="only these of the grid")
-    add("--seqlens", type=names_of, help="only these numbers of queries of the grid")
-    add("--causal", type=names_of, default="0,1", help="0, 1, or both: the default")
-    add("--passes", type=names_of, default="fwd,bwd", help="fwd, bwd, or both: the default")
-    add("--dtype", choices=["bfloat16", "float16", "float32"],
-        default="bfloat16" if on_gpu else "float32")  # fmt: skip
-    add("--rounds", type=int, default=15, help="most of a row; default: %(default)s")
-    add("--target-ms", type=float, default=20.0,
-        help="of one contender in one round; default: %(default)s")  # fmt: skip
     add("--json", type=Path, help="also write everything measured here")
     add("--png", type=Path, metavar="PREFIX", help="also plot, one picture a pass")
     add("--from", dest="source", type=Path, metavar="JSON",
         help="show a --json file instead of measuring")  # fmt: skip
-    args = parser.parse_args(arguments)
-    for option, known in (
-        ("contenders", CONTENDERS),
-        ("grid", GRIDS),
-        ("passes", MATMULS),
-        ("causal", ("0", "1")),
-    ):
-        for name in getattr(args, option):
-            if name not in known:
-                parser.error(f"--{option}: expected names out of {', '.join(known)}, got {name}")
-    args.problems = [
-        problem
-        for problem in grid(args.grid, [flag == "1" for flag in args.causal])
-        if args.head_dims is None or str(problem.head_dim) in args.head_dims
-        if args.seqlens is None or str(problem.seqlen_q) in args.seqlens
-    ]
-    if not args.problems:
-        parser.error("--head-dims and --seqlens leave nothing of the grid")
-    return args
+    return parse_problems(parser, arguments, contenders=CONTENDERS)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_attention import measure, names_of
+from bench_attention import measure
 from contenders import Contender, load, sampled_references
+from options import make_parser, names_of
 from problems import MATMULS, Problem
 from timing import Roofline, WallClock
 
@@ -27,11 +28,7 @@ NO_ROOFLINE = Roofline(float("inf"), float("inf"))
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks cpu",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("cpu", __doc__)
     add = parser.add_argument
     add("--batch", type=int, default=1)
     add("--seqlen", type=int, default=2048)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from contenders import Contender, load
+from options import make_parser
 from timing import Call
 from torch import Tensor
 
@@ -87,11 +88,7 @@ def line_of(title: str, texts: dict[str, str], contenders: Iterable[str]) -> str
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks host",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("host", __doc__)
     on_gpu = torch.cuda.is_available()
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda" if on_gpu else "cpu")

@@ -80,6 +80,7 @@ GRIDS: dict[str, list[Problem]] = {
         *(square(seqlen, 128) for seqlen in (77, 197, 500)),
         *(square(seqlen, 128, tokens=seqlen) for seqlen in (128, 512, 2048)),
     ],
+    "cpu": [Problem(1, n, n, 4, 4, head_dim) for head_dim in (64, 128, 256) for n in (1024, 2048)],
     "tiny": [Problem(1, 64, 64, 2, 1, 32), Problem(2, 40, 40, 2, 2, 16)],
 }
 

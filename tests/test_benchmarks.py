@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -294,3 +295,34 @@ def test_cpu_ratio_can_fail_the_run() -> None:
     assert "WRONG" not in result.stdout
     result = run_script("bench_cpu.py", *options, "--target-ms", "1", "--most", "0")
     assert result.returncode == 1, result.stderr
+
+
+def test_builds_side_by_side() -> None:
+    module = str(sys.modules["flash_attn._C"].__file__)
+    options = "--device cpu --grid tiny --dtype float32 --causal 1 --rounds 2 --processes 1".split()
+    result = run_script("compare_builds.py", module, module, *options, "--target-ms", "1")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[2:6]] == ["fwd", "bwd", "fwd", "bwd"]
+    assert re.fullmatch(r"bwd new / old: geometric mean \d\.\d{3}, most \d\.\d{3}", lines[-1])
+    result = run_script("compare_builds.py", module, module, *options, "--most", "0")
+    assert result.returncode == 1, result.stderr
+
+
+def test_a_build_that_cannot_be_loaded_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_text("no module")
+    result = run_script("compare_builds.py", str(broken), str(broken), "--grid", "tiny")
+    assert result.returncode == 1
+    assert f"{broken} failed; its error is above" in result.stderr
+
+
+def test_one_command_for_all_benchmarks() -> None:
+    command = [sys.executable, "-m", "benchmarks"]
+    shown = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd=FOLDER.parent)
+    assert shown.returncode == 0
+    for option in ("--head-dims", "--most", "--heads-k", "--processes"):
+        assert option in shown.stdout
+    wrong = subprocess.run([*command, "nosuch"], capture_output=True, text=True, cwd=FOLDER.parent)
+    assert wrong.returncode == 2
+    assert "expected one of attention, host, cpu, builds, got nosuch" in wrong.stdout
