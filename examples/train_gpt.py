@@ -156,7 +156,7 @@ def optimise(
 ) -> tuple[list[float], list[float]]:
     """Losses and seconds of every step; weights before the checked steps go to `snapshots`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95))
-    peak_rate = args.lr or 3e-3 * math.sqrt(128 / (args.heads * args.head_dim))
+    peak_rate = args.lr or 3e-3 * 128 / (args.heads * args.head_dim)
     losses, seconds = [], []
     for step in steps:
         if snapshots is not None and step in checked_steps(args.steps):

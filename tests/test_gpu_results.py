@@ -47,16 +47,16 @@ def test_reruns_are_bit_equal(case: Case, deterministic: bool, dtype: torch.dtyp
         assert_bit_equal(again, first)
 
 
-def poison_free_memory(nbytes: list[int]) -> None:
-    """Leaves NaN in the blocks that torch's allocator will hand out for tensors of these sizes."""
-    nan = float("nan")
-    torch.cuda.empty_cache()
-    filled = [
-        torch.full((size // 4 + 1,), nan, device=GPU) for size in sorted(nbytes) for _ in range(30)
-    ]
-    del filled
-    probes = [torch.empty(size // 4 + 1, device=GPU) for size in nbytes]
-    assert all(probe.isnan().all() for probe in probes), "the poison did not reach the allocator"
+def poisoned_pool() -> torch.cuda.MemPool:
+    """Memory full of NaN: up to 16 MiB for small tensors, up to 64 MiB for large ones."""
+    mib = 2**20
+    pool = torch.cuda.MemPool()
+    with torch.cuda.use_mem_pool(pool):
+        # Up to 1 MiB comes out of segments of 2 MiB, more out of segments of its own.
+        sizes = [mib] * 16 + [64 * mib]
+        filled = [torch.full((size // 4,), float("nan"), device=GPU) for size in sizes]
+        del filled
+    return pool
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,14 @@ def test_every_element_is_written(case: Case) -> None:
     expected = op_results(case, arguments, dlse)
     assert not any(tensor.isnan().any() for tensor in expected)
     workspace = 4 * expected[2].numel() * 256  # no more than the fp32 sums of dq at head_dim 256
-    poison_free_memory([*(tensor.nbytes for tensor in expected), workspace])
-    got = op_results(case, arguments, dlse)
+    pool = poisoned_pool()
+    with torch.cuda.use_mem_pool(pool):
+        sizes = [*(tensor.nbytes for tensor in expected), workspace]
+        probes = [torch.empty(size // 4 + 1, device=GPU) for size in sizes]
+    # Outside of the pool, for isnan() makes tensors of its own.
+    assert all(probe.isnan().all() for probe in probes), "the poison did not reach the allocator"
+    del probes
+    with torch.cuda.use_mem_pool(pool):
+        got = op_results(case, arguments, dlse)
     for one, other in zip(got, expected, strict=True):
         assert torch.equal(one, other)

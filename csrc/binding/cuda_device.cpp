@@ -4,12 +4,15 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <climits>
+#include <cstdlib>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <string>
 
 #include "binding/build_info.h"
+#include "config/smem_limit.h"
 
 // Declared by torch's header only where torch itself is built with CUDA. Weak, so that this library
 // loads beside a CPU-only torch too.
@@ -37,17 +40,41 @@ std::string version_text(int compute_capability) {
   return std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
 }
 
-void check_built_for(int compute_capability) {
-  std::vector<int> const& archs = cuda_archs();
-  if (std::any_of(archs.begin(), archs.end(),
-                  [&](int arch) { return arch <= compute_capability; })) {
-    return;
+/// The architecture whose code runs on a GPU of `compute_capability`: the newest that is not newer.
+int compiled_arch(int compute_capability) {
+  int newest = 0;
+  for (int const arch : cuda_archs()) {
+    newest = arch <= compute_capability ? std::max(newest, arch) : newest;
   }
-  throw std::runtime_error(
-      "flash_attn: this GPU has compute capability " + version_text(compute_capability) +
-      ", but this build holds kernels for FLASH_ATTN_CUDA_ARCHS=\"" + cuda_arch_list() +
-      "\" only. The kernels need 8.0 or later; rebuild with FLASH_ATTN_CUDA_ARCHS=\"" +
-      std::to_string(compute_capability) + "\" if the GPU has that.");
+  if (newest == 0) {
+    throw std::runtime_error(
+        "flash_attn: this GPU has compute capability " + version_text(compute_capability) +
+        ", but this build holds kernels for FLASH_ATTN_CUDA_ARCHS=\"" + cuda_arch_list() +
+        "\" only. The kernels need 8.0 or later; rebuild with FLASH_ATTN_CUDA_ARCHS=\"" +
+        std::to_string(compute_capability) + "\" if the GPU has that.");
+  }
+  return newest;
+}
+
+/// FLASH_ATTN_SMEM_BYTES, which the tests set to run the kernels of GPUs with less shared memory.
+int smem_limit_of_environment() {
+  char const* const text = std::getenv("FLASH_ATTN_SMEM_BYTES");
+  if (text == nullptr) {
+    return INT_MAX;
+  }
+  int const bytes = std::atoi(text);
+  if (bytes <= 0) {
+    throw std::runtime_error(
+        std::string("flash_attn: FLASH_ATTN_SMEM_BYTES: expected a number of bytes, got \"") +
+        text + "\"");
+  }
+  return bytes;
+}
+
+/// Shared memory of a thread block that the device grants and the compiled code uses.
+int usable_smem_bytes(int device_index, int arch) {
+  int const granted = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index);
+  return std::min({granted, compiled_smem_limit(arch), smem_limit_of_environment()});
 }
 
 }  // namespace
@@ -57,8 +84,7 @@ CudaDevice::CudaDevice(int device_index)
                           attribute(cudaDevAttrComputeCapabilityMinor, device_index)),
       properties_{.num_sms = attribute(cudaDevAttrMultiProcessorCount, device_index),
                   .l2_bytes = attribute(cudaDevAttrL2CacheSize, device_index)} {
-  check_built_for(compute_capability_);
-  int const smem_bytes = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device_index);
+  int const smem_bytes = usable_smem_bytes(device_index, compiled_arch(compute_capability_));
   for (DType const dtype : {DType::kFp16, DType::kBf16}) {
     for (std::size_t step = 0; step < forward_[0].size(); ++step) {
       KernelRequest const request{compute_capability_, dtype, int(step) * kHeadDimStep, smem_bytes};

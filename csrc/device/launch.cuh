@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "config/smem_limit.h"
+
 namespace flash {
 
 inline void check_cuda(cudaError_t status, char const* what) {
@@ -32,13 +34,13 @@ void allow_shared_memory(int smem_bytes) {
   }
 }
 
-/// False if no GPU that runs the code being compiled grants a thread block so much shared memory: the
-/// kernel's body is then left out.
-__device__ constexpr bool fits_compiled_arch(int smem_bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  return smem_bytes <= 163 * 1024;
+/// False if the architecture being compiled is one whose kernels may not use so much shared memory;
+/// the kernel's body is then left out, and the kernel never selected.
+__device__ constexpr bool fits_compiled_arch([[maybe_unused]] int smem_bytes) {
+#if defined(__CUDA_ARCH__)
+  return smem_bytes <= compiled_smem_limit(__CUDA_ARCH__ / 10);
 #else
-  return smem_bytes <= 227 * 1024;
+  return true;
 #endif
 }
 
