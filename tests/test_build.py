@@ -165,13 +165,14 @@ ptxas info    : Used 168 registers, used 1 barriers, 1024 bytes smem, 400 bytes 
 ptxas info    : Compile time = 250.000 ms
 """
 SPILLED = CLEAN.replace("0 bytes spill stores", "20 bytes spill stores")
+LOCAL = CLEAN.replace("0 bytes stack frame", "16 bytes stack frame")
 SERIALISED = CLEAN + "ptxas info    : (C7510) Potential Performance Loss: wgmma is serialized\n"
 
 
 @pytest.mark.parametrize(
     ("output", "status"),
-    [(CLEAN, 0), (SPILLED, 1), (SERIALISED, 1)],
-    ids=["clean", "spill", "C7510"],
+    [(CLEAN, 0), (SPILLED, 1), (LOCAL, 1), (SERIALISED, 1)],
+    ids=["clean", "spill", "local memory", "C7510"],
 )
 def test_the_gate_fails_on_spills_and_serialised_wgmma(
     toolkit: Path,
@@ -185,7 +186,7 @@ def test_the_gate_fails_on_spills_and_serialised_wgmma(
     monkeypatch.setattr(nvcc_gate, "ROOT", tmp_path)
     made = tmp_path / "unit.o"
     command = [str(toolkit / "nvcc"), "--cuda-archs=80,90", "-c", "unit.cu", "-o", str(made)]
-    assert nvcc_gate.main(command) == status
+    assert nvcc_gate.main(command, {"FLASH_ATTN_WERROR": "1"}) == status
     assert made.exists() == (status == 0), "a rejected object must not be taken by the next build"
     assert ("expected no spills" in capsys.readouterr().out) == (status != 0)
     record = json.loads((tmp_path / "build/ptxas/unit.json").read_text())
@@ -193,6 +194,28 @@ def test_the_gate_fails_on_spills_and_serialised_wgmma(
     assert (kernel["arch"], kernel["registers"], kernel["static_smem"]) == ("sm_80", 168, 1024)
     assert kernel["spill_stores"] == (20 if output == SPILLED else 0)
     assert kernel["ptxas_seconds"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("output", "environ"),
+    [(SPILLED, {}), (SPILLED.replace("sm_80", "sm_89"), {"FLASH_ATTN_WERROR": "1"})],
+    ids=["pip", "an architecture that no wheel has"],
+)
+def test_the_gate_only_tells_a_user_of_spills(
+    toolkit: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    output: str,
+    environ: dict[str, str],
+) -> None:
+    (toolkit / "output").write_text(output)
+    monkeypatch.setattr(nvcc_gate, "ROOT", tmp_path)
+    made = tmp_path / "unit.o"
+    command = [str(toolkit / "nvcc"), "--cuda-archs=80,90", "-c", "unit.cu", "-o", str(made)]
+    assert nvcc_gate.main(command, environ) == 0
+    assert made.exists()
+    assert "1 kernels" in (said := capsys.readouterr().out) and "1 with spills" in said
 
 
 def test_a_named_cutlass_folder_without_headers_is_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_ARCH = 80  # Ampere: cp.async and bf16 mma.sync
+WHEEL_ARCHS = (80, 90)  # what wheels and CI compile, and where no kernel may spill
 USUAL_CUDA_HOME = Path("/usr/local/cuda")
 GIB_PER_JOB = 3.0  # peak memory of one nvcc job
 
@@ -236,7 +237,7 @@ NVCC_FLAGS = [
     "--expt-relaxed-constexpr",
     "--compress-mode=size",
     "-Xcompiler=-Wall,-Wextra,-Werror",
-    "-Xptxas=-v,--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error",
+    "-Xptxas=-v",  # for the gate, which judges spills and local memory
 ]
 
 
