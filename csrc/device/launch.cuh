@@ -7,8 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "config/smem_limit.h"
-
 namespace flash {
 
 inline void check_cuda(cudaError_t status, char const* what) {
@@ -32,16 +30,6 @@ void allow_shared_memory(int smem_bytes) {
         "shared memory opt-in");
     done.fetch_or(bit, std::memory_order_relaxed);
   }
-}
-
-/// False if the architecture being compiled is one whose kernels may not use so much shared memory;
-/// the kernel's body is then left out, and the kernel never selected.
-__device__ constexpr bool fits_compiled_arch([[maybe_unused]] int smem_bytes) {
-#if defined(__CUDA_ARCH__)
-  return smem_bytes <= compiled_smem_limit(__CUDA_ARCH__ / 10);
-#else
-  return true;
-#endif
 }
 
 /// Launches kKernel on a one-dimensional grid; an empty grid launches nothing.
