@@ -28,6 +28,15 @@ struct SmemTile {
     int const chunk = col % kBlockCols / 8;
     return block * kBlockBytes + row * kRowBytes + ((chunk ^ swizzle(row)) << 4) + col % 8 * 2;
   }
+
+  /// Address `row` rows down and `col` columns right, both multiples of 8, of the chunk at
+  /// row_address + chunk_offset. The columns must not carry into the chunk's own.
+  static __device__ __forceinline__ uint32_t moved(uint32_t row_address, uint32_t chunk_offset,
+                                                   int row, int col) {
+    int const block = col / kBlockCols;
+    int const chunk = col % kBlockCols / 8;
+    return row_address + block * kBlockBytes + row * kRowBytes + (chunk_offset ^ (chunk << 4));
+  }
 };
 
 /// What a 16 x 16 piece of a tile is to a product: A is (M, K), B is (K, N).
@@ -63,10 +72,7 @@ struct PieceReader {
 
   /// Address of the piece `row` rows down (a multiple of 16) and `col` columns right.
   __device__ __forceinline__ uint32_t at(int row, int col) const {
-    int const block = col / Tile::kBlockCols;
-    int const chunk = col % Tile::kBlockCols / 8;
-    return row_address + block * Tile::kBlockBytes + row * Tile::kRowBytes +
-           (chunk_offset ^ (chunk << 4));
+    return Tile::moved(row_address, chunk_offset, row, col);
   }
 };
 
@@ -88,10 +94,7 @@ struct FragmentWriter {
 
   /// Address of the lane's two elements `row` rows down and `col` columns right, multiples of 8.
   __device__ __forceinline__ uint32_t at(int row, int col) const {
-    int const block = col / Tile::kBlockCols;
-    int const chunk = col % Tile::kBlockCols / 8;
-    return row_address + block * Tile::kBlockBytes + row * Tile::kRowBytes +
-           (chunk_offset ^ (chunk << 4));
+    return Tile::moved(row_address, chunk_offset, row, col);
   }
 };
 
