@@ -265,6 +265,7 @@ def op_tensors() -> dict[str, Any]:
 
 
 # What callers of the ops themselves may get wrong: replacements of op_tensors().
+SCALE = "softmax_scale: expected a number that float32 holds as finite and above 0"
 BAD_OP_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"q": torch.ones(5, 4, 16)}, "q: expected (batch, seqlen, heads, head_dim), got sizes"),
     ({"k": torch.ones(2, 7, 3, 16)}, "v: expected the sizes of k (2, 7, 3, 16), got (2, 7, 2, 16)"),
@@ -284,8 +285,10 @@ BAD_OP_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"dk": torch.ones(2, 7, 2, 16).half()}, "dk: expected the dtype of k (Float), got Half"),
     ({"dv": torch.ones(2, 7, 1, 16).expand(2, 7, 2, 16)}, "dv: expected a tensor to write to, got"),
     ({"dk": torch.ones(2, 7, 2, 32)[..., ::2]}, "dk: expected a contiguous last dimension, got"),
-    ({"softmax_scale": 0.0}, "softmax_scale: expected a finite number above 0, got 0"),
-    ({"softmax_scale": float("nan")}, "softmax_scale: expected a finite number above 0, got nan"),
+    ({"softmax_scale": 0.0}, f"{SCALE}, got 0"),
+    ({"softmax_scale": float("nan")}, f"{SCALE}, got nan"),
+    ({"softmax_scale": 1e-50}, f"{SCALE}, got 1e-50"),
+    ({"softmax_scale": 1e300}, f"{SCALE}, got 1e+300"),
 ]
 
 

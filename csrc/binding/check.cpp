@@ -140,9 +140,11 @@ void check_writable(char const* name, Tensor const& tensor) {
 }
 
 float checked_scale(double softmax_scale) {
-  check(std::isfinite(softmax_scale) && softmax_scale > 0,
-        "softmax_scale: expected a finite number above 0, got ", softmax_scale);
-  return float(softmax_scale);
+  float const scale = float(softmax_scale);
+  check(std::isfinite(scale) && scale > 0,
+        "softmax_scale: expected a number that float32 holds as finite and above 0, got ",
+        softmax_scale);
+  return scale;
 }
 
 int window_bound(int64_t bound) {
