@@ -25,7 +25,7 @@ def table(result: dict[str, Any]) -> str:
     lines.append(f"peak: {MEMORY_MEANING[result['options']['device']]}")
     differences = result["differences"]
     for name, apart in differences["loss"].items():
-        lines.append(f"mean difference of loss, flash and {name}: {apart:.2g} nats")
+        lines.append(f"largest difference of loss, flash and {name}: {apart:.2g} nats")
     gradient = differences["gradient"]
     if gradient is not None:
         lines.append(

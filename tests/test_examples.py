@@ -147,6 +147,16 @@ def test_losses_that_part_are_named(example: Any, bad: float) -> None:
     assert "flash and standard" in sentence
 
 
+def test_one_step_apart_is_enough_in_fp32(example: Any) -> None:
+    runs = {
+        "flash": {"fits": True, "losses": [3.0] * 99 + [1.002]},
+        "standard": {"fits": True, "losses": [3.0] * 99 + [1.0]},
+    }
+    (sentence,) = example.compare(runs, None, "fp32")["parted"]
+    assert "0.002 nats at a step" in sentence
+    assert example.compare(runs, None, "bf16")["parted"] == []
+
+
 def test_gradients_that_part_are_named(example: Any) -> None:
     check = {"relative": math.nan, "parameter": "head.weight", "step": 0}
     (sentence,) = example.compare({}, check, "fp32")["parted"]
