@@ -53,6 +53,11 @@ struct ForwardParams {
   float softmax_scale;  // > 0
 };
 
+/// Rows of softmax_d and of backward scratch per (batch, head): whole query tiles of every kernel.
+FLASH_HD constexpr int softmax_d_rows(int seqlen_q) {
+  return round_up(seqlen_q, 128);
+}
+
 /// Gradients by recomputation from softmax_lse. With P the probabilities and dP = dout v^T:
 ///   dv = P^T dout;  dS = P * (dP - softmax_d);  dq = softmax_scale dS k;  dk = softmax_scale dS^T
 ///   q, softmax_d = rowsum(dout * out) - dlse.
@@ -61,11 +66,11 @@ struct BackwardParams {
   Strided dq, dk, dv;          // like q, k, v; every element is written
   float const* softmax_lse;    // [batch, num_heads, seqlen_q], from the forward
   float const* dlse;           // [batch, num_heads, seqlen_q], gradient of softmax_lse; may be null
-  float* softmax_d;            // [batch, num_heads, round_up(seqlen_q, 128)], written
+  float* softmax_d;            // [batch, num_heads, softmax_d_rows(seqlen_q)], written
   Shape shape;
   Mask mask;
-  float softmax_scale;
-  bool deterministic;  // dq bit-equal from run to run (dk and dv always are)
+  float softmax_scale;  // > 0
+  bool deterministic;   // dq bit-equal from run to run (dk and dv always are)
   void* workspace;  // scratch of the backend's workspace size, 256-byte aligned; may be null if 0
 };
 

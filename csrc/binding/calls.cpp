@@ -9,9 +9,6 @@
 namespace flash::binding {
 namespace {
 
-/// Rows of softmax_d are padded to a multiple of this.
-constexpr int kRowPadding = 128;
-
 bool is_aligned(Tensor const& tensor, int alignment) {
   if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % alignment != 0) {
     return false;
@@ -160,9 +157,9 @@ BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool
       shape(checked_shape(tensors.q, tensors.k, tensors.v)),
       given(std::move(tensors)),
       aligned(checked_and_aligned(given, alignment)),
-      softmax_d(new_tensor(
-          given.q, {shape.batch_size, shape.num_heads, round_up(shape.seqlen_q, kRowPadding)},
-          aoti_torch_dtype_float32())),
+      softmax_d(new_tensor(given.q,
+                           {shape.batch_size, shape.num_heads, softmax_d_rows(shape.seqlen_q)},
+                           aoti_torch_dtype_float32())),
       params{.q = strided(aligned.q),
              .k = strided(aligned.k),
              .v = strided(aligned.v),

@@ -23,7 +23,7 @@ void forward(ForwardConfig const& config, ForwardParams const& params, Device co
              Stream stream);
 
 /// Bytes of BackwardParams::workspace: the fp32 dq sums (batch * heads * seqlen_q * head_dim,
-/// rounded up to tiles) and one counter per query tile.
+/// rounded up to tiles), two floats per query row and one counter per query tile.
 std::size_t backward_workspace_bytes(BackwardConfig const& config, Shape const& shape);
 
 /// Gradients in three launches: softmax_d (and a cleared workspace), the main kernel, dq

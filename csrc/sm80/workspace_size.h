@@ -5,12 +5,6 @@
 
 namespace flash::sm80 {
 
-/// Rows of softmax_d and of the dq sums per (batch, head): whole query tiles of any row of the
-/// table.
-FLASH_HD constexpr int softmax_d_rows(int seqlen_q) {
-  return round_up(seqlen_q, 128);
-}
-
 /// Bytes of the fp32 dq sums.
 inline int64_t dq_sums_bytes(BackwardConfig const& config, Shape const& shape) {
   return int64_t(shape.batch_size) * shape.num_heads * softmax_d_rows(shape.seqlen_q) *
