@@ -130,7 +130,7 @@ def check_results(
     exact = reference_results(case, inputs, dout, dlse, torch.float64)
     torch_result = reference_results(case, inputs, dout, dlse, dtype)
     # An odd head_dim is padded on CUDA, and out is then a part of the padded result.
-    assert got.out.is_contiguous() or case.head_dim % 8 != 0
+    assert got.out.is_contiguous() or (got.out.is_cuda and case.head_dim % 8 != 0)
     assert got.out.dtype == dtype
     assert got.softmax_lse.is_contiguous() and got.softmax_lse.dtype == torch.float32
     floors = fp32_floors(case, inputs, dout, exact)
@@ -160,8 +160,7 @@ def fp32_floors(
     score = scaled_unit * largest(q.float().norm(dim=-1)) * largest(k.float().norm(dim=-1))
     lse = 2 * unit * largest(exact.softmax_lse[exact.softmax_lse.isfinite()])
     ds = scaled_unit * largest((dout.double() * exact.out).abs().sum(dim=-1))
-    # Tensor cores cut what they add to a sum off instead of rounding it, once in 16 query rows.
-    # Seen on an H200: 1 % of dk after 8 million rows.
+    # Tensor cores cut a sum off instead of rounding it, once in 16 query rows (docs/lessons.md).
     steps = case.seqlen_q * case.heads // case.heads_k / 16
     cut = unit * steps if q.is_cuda else 0.0
     return {

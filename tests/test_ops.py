@@ -154,13 +154,14 @@ def test_compiled_by_inductor_with_changing_lengths(device: str) -> None:
     compiled = torch.compile(layer, fullgraph=True, dynamic=True)
     counter = torch._dynamo.testing.CompileCounter()
     counted = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for seqlen in (16, 33, 40):
         x = torch.randn(2, seqlen, 32, device=device)
         (gradient,) = torch.autograd.grad(compiled(x).square().sum(), weight)
         (expected,) = torch.autograd.grad(layer(x).square().sum(), weight)
-        largest = expected.abs().max().item()
-        torch.testing.assert_close(gradient, expected, rtol=0, atol=tolerance * largest)
+        # The GPU computes in bfloat16, where rounding is relative to the largest terms of a sum.
+        cuda_bound = {"rtol": 0.0, "atol": 2e-2 * expected.abs().max().item()}
+        bound = {"rtol": 1e-4, "atol": 1e-4} if device == "cpu" else cuda_bound
+        torch.testing.assert_close(gradient, expected, **bound)
         counted(x)
     assert counter.frame_count == 1
 
