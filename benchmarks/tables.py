@@ -134,10 +134,10 @@ def plot(result: dict[str, Any], prefix: Path) -> str:
     from matplotlib import pyplot
 
     written = []
-    for mode in dict.fromkeys(row["pass"] for row in result["rows"]):
-        of_mode = [row for row in result["rows"] if row["pass"] == mode]
-        head_dims = sorted({row["problem"]["head_dim"] for row in of_mode})
-        masks = sorted({row["problem"]["causal"] for row in of_mode})
+    for pass_name in dict.fromkeys(row["pass"] for row in result["rows"]):
+        of_pass = [row for row in result["rows"] if row["pass"] == pass_name]
+        head_dims = sorted({row["problem"]["head_dim"] for row in of_pass})
+        masks = sorted({row["problem"]["causal"] for row in of_pass})
         figure, axes = pyplot.subplots(
             len(masks),
             len(head_dims),
@@ -148,7 +148,7 @@ def plot(result: dict[str, Any], prefix: Path) -> str:
             for axis, head_dim in zip(axis_row, head_dims, strict=True):
                 part = [
                     row
-                    for row in of_mode
+                    for row in of_pass
                     if (row["problem"]["head_dim"], row["problem"]["causal"]) == (head_dim, causal)
                 ]
                 ticks = range(len(part))
@@ -160,9 +160,11 @@ def plot(result: dict[str, Any], prefix: Path) -> str:
                 axis.set_ylim(bottom=0)
                 axis.grid(alpha=0.3)
         axes[0][0].legend()
-        figure.suptitle(f"{mode}, TFLOP/s by sequence length, {result['dtype']}, {result['where']}")
+        figure.suptitle(
+            f"{pass_name}, TFLOP/s by sequence length, {result['dtype']}, {result['where']}"
+        )
         figure.tight_layout()
-        path = prefix.with_name(f"{prefix.name}-{mode}.png")
+        path = prefix.with_name(f"{prefix.name}-{pass_name}.png")
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
         written.append(str(path))
