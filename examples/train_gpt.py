@@ -262,8 +262,8 @@ def compare(runs: dict[str, Any], gradient: dict[str, Any] | None, dtype: str) -
     flash = runs.get("flash", {"fits": False})
     for name, other in runs.items():
         if name != "flash" and flash["fits"] and other["fits"]:
-            ours, theirs = (torch.tensor(run["losses"], dtype=torch.float64) for run in (flash, other))
-            apart = (ours - theirs).abs()
+            pairs = zip(flash["losses"], other["losses"], strict=True)
+            apart = torch.tensor([abs(a - b) for a, b in pairs], dtype=torch.float64)
             differences["loss"][name] = apart.max().item()  # NaN if any is, as of mean()
             nats = (apart.max() if dtype == "fp32" else apart.mean()).item()
             if not nats <= LOSS_BOUND[dtype]:  # written so that NaN counts as parted
