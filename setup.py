@@ -56,8 +56,10 @@ def fill_in(
     extension.include_dirs = [str(ROOT / "csrc")]
     extension.define_macros = build_plan.define_macros(plan.archs)
     extension.library_dirs = list(torch_lib)
-    extension.libraries = ["torch", "torch_cpu", "c10"]
-    extension.extra_link_args = ["-Wl,--exclude-libs,ALL"]
+    extension.libraries = ["torch_cpu", "c10"]
+    # libtorch.so defines nothing here, but brings libtorch_cuda.so where torch has it, also where the
+    # module was built with a CPU build of torch.
+    extension.extra_link_args = ["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"]
     cxx_flags = [*build_plan.cxx_flags(), *build_plan.module_facts(plan)]
     cxx_flags += ["-fvisibility=hidden", *isystem(torch_include)]
     nvcc_flags: list[str] = []

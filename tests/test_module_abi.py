@@ -39,3 +39,10 @@ def test_the_module_names_the_torch_it_was_built_with() -> None:
     assert re.fullmatch(r"2\.\d+\.\d+", release)
     module = Path(str(sys.modules["flash_attn._C"].__file__))
     assert release.encode() in module.read_bytes()
+
+
+def test_the_module_asks_for_all_of_torch() -> None:
+    """libtorch.so brings libtorch_cuda.so, which has the current stream, where torch is built with
+    CUDA. A module that was linked beside a CPU build of torch has to name it too."""
+    module = Path(str(sys.modules["flash_attn._C"].__file__))
+    assert b"\0libtorch.so\0" in module.read_bytes()
