@@ -57,8 +57,8 @@ def fill_in(
     extension.define_macros = build_plan.define_macros(plan.archs)
     extension.library_dirs = list(torch_lib)
     extension.libraries = ["torch_cpu", "c10"]
-    # libtorch.so defines nothing here, but brings libtorch_cuda.so where torch has it, also where the
-    # module was built with a CPU build of torch.
+    # libtorch.so defines nothing here, but brings libtorch_cuda.so where torch has it, also where
+    # the module was built with a CPU build of torch.
     extension.extra_link_args = ["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"]
     cxx_flags = [*build_plan.cxx_flags(), *build_plan.module_facts(plan)]
     cxx_flags += ["-fvisibility=hidden", *isystem(torch_include)]

@@ -2,7 +2,8 @@
 //
 // Glossary: seqlen_q, seqlen_k tokens of queries and keys; num_heads query heads; num_heads_k key
 // and value heads (num_heads % num_heads_k == 0, query head h reads key head h / (num_heads /
-// num_heads_k)); head_dim columns. Strides are in elements, the last dimension is contiguous.
+// num_heads_k)); head_dim columns of queries and keys, head_dim_v columns of values and out.
+// Strides are in elements, the last dimension is contiguous.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ FLASH_HD constexpr int element_size(DType dtype) {
   return dtype == DType::kFp32 ? 4 : 2;
 }
 
-/// A (batch, seqlen, heads, head_dim) tensor.
+/// A (batch, seqlen, heads, columns) tensor.
 struct Strided {
   void* ptr;
   int64_t batch_stride;
@@ -37,6 +38,7 @@ struct Shape {
   int num_heads;
   int num_heads_k;
   int head_dim;
+  int head_dim_v;
 
   FLASH_HD constexpr int query_heads_per_key_head() const { return num_heads / num_heads_k; }
 };
@@ -45,8 +47,9 @@ struct Shape {
 /// A row without a visible key has out = 0 and softmax_lse = +inf.
 struct ForwardParams {
   Strided q;           // [batch, seqlen_q, num_heads, head_dim]
-  Strided k, v;        // [batch, seqlen_k, num_heads_k, head_dim]
-  Strided out;         // like q
+  Strided k;           // [batch, seqlen_k, num_heads_k, head_dim]
+  Strided v;           // [batch, seqlen_k, num_heads_k, head_dim_v]
+  Strided out;         // [batch, seqlen_q, num_heads, head_dim_v]
   float* softmax_lse;  // [batch, num_heads, seqlen_q], natural logarithm
   Shape shape;
   Mask mask;

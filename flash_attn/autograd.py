@@ -107,6 +107,11 @@ def _reject_transforms(tensors: tuple[Tensor, ...]) -> None:
         )
 
 
+def _pad_columns(tensor: Tensor) -> Tensor:
+    padding = -tensor.size(-1) % _HEAD_DIM_STEP
+    return pad(tensor, (0, padding)) if padding else tensor
+
+
 def attention(
     tensors: tuple[Tensor, ...],
     softmax_scale: float,
@@ -114,25 +119,26 @@ def attention(
     window_right: int,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out and softmax_lse of checked (q, k, v), (q, kv) or (qkv,)."""
-    apply: Any = Attention.apply
+    """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), which the compiled op checks."""
+    apply, forward = Attention.apply, ops.forward
     if not torch.compiler.is_compiling():
         _reject_transforms(tensors)
-        apply = _apply
+        apply, forward = _apply, ops.forward_eager
     if softmax_scale <= 0.0:
         # The kernels scale the running maximum: that takes a positive factor. Fold the sign into q.
         q, k, v = unpack(tensors)
         tensors = (-q, k, v) if softmax_scale < 0.0 else (q * 0, k, v)
         softmax_scale = -softmax_scale or 1.0
-    q = tensors[0]
-    head_dim = q.shape[-1]
-    if q.is_cuda and not ops.cuda_archs:
-        ops.raise_no_cuda_backend()
-    padding = -head_dim % _HEAD_DIM_STEP if q.is_cuda else 0
-    if padding:
-        tensors = tuple(pad(tensor, (0, padding)) for tensor in tensors)
+    head_dim, head_dim_v = tensors[0].size(-1), tensors[-1].size(-1)
+    is_padded = False
+    if tensors[0].is_cuda:
+        if not ops.cuda_archs:
+            ops.raise_no_cuda_backend()
+        is_padded = head_dim % _HEAD_DIM_STEP != 0 or head_dim_v % _HEAD_DIM_STEP != 0
+    if is_padded:
+        tensors = tuple([_pad_columns(tensor) for tensor in tensors])
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         out, softmax_lse = apply(softmax_scale, window_left, window_right, deterministic, *tensors)
     else:
-        out, softmax_lse = ops.forward(*unpack(tensors), softmax_scale, window_left, window_right)
-    return out[..., :head_dim] if padding else out, softmax_lse
+        out, softmax_lse = forward(*unpack(tensors), softmax_scale, window_left, window_right)
+    return out[..., :head_dim_v] if is_padded else out, softmax_lse

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import SupportsIndex
 
+import torch
 from torch import Tensor
 
 from flash_attn import problem
@@ -13,9 +14,31 @@ from flash_attn.autograd import attention, autocast_inputs
 Result = Tensor | tuple[Tensor, Tensor, Tensor]
 
 
-def _with_probs(out: Tensor, softmax_lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attend(
+    check: Callable[..., None],
+    tensors: tuple[Tensor, ...],
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Sequence[SupportsIndex],
+    deterministic: bool,
+    return_attn_probs: bool,
+) -> Result:
+    """Attention of (q, k, v), (q, kv) or (qkv,); `check` says what is wrong with them.
+
+    The op checks its arguments before it computes. `check` costs as much as the rest of this layer,
+    so it runs only where the op has refused them, and where torch.compile traces the call.
+    """
+    if torch.compiler.is_compiling():
+        check(*tensors)
+    left, right = problem.window_of(causal, window_size)
+    try:
+        scale = problem.scale_of(softmax_scale, tensors[0].size(-1))
+        out, softmax_lse = attention(tensors, scale, left, right, deterministic)
+    except Exception:
+        check(*tensors)
+        raise
     # S_dmask shows which probabilities dropout kept: nothing without dropout.
-    return out, softmax_lse, out.new_empty(0)
+    return (out, softmax_lse, out.new_empty(0)) if return_attn_probs else out
 
 
 def flash_attn_func(
@@ -25,7 +48,7 @@ def flash_attn_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[SupportsIndex] = (-1, -1),
+    window_size: Sequence[SupportsIndex] = problem.UNBOUNDED,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -62,7 +85,8 @@ def flash_attn_func(
             torch.float16, on CPU also torch.float32. On CUDA, a head_dim that isn't a multiple
             of 8 costs a padded copy of q, k and v.
         k: (batch, seqlen_k, heads_k, head_dim), dtype and device of q.
-        v: like k.
+        v: (batch, seqlen_k, heads_k, head_dim_v), head_dim_v up to 256; the output has head_dim_v
+            too.
         dropout_p: only 0.0 is available.
         softmax_scale: factor of q k^T, by default 1 / sqrt(head_dim).
         causal: mask keys to the right of the diagonal.
@@ -74,7 +98,7 @@ def flash_attn_func(
         return_attn_probs: also return softmax_lse and S_dmask.
 
     Returns:
-        The output, (batch, seqlen_q, heads, head_dim) like q; with return_attn_probs=True the tuple
+        The output, (batch, seqlen_q, heads, head_dim_v); with return_attn_probs=True the tuple
         of it, softmax_lse (batch, heads, seqlen_q), float32, the natural logarithm of the sum of
         exp(scores), and S_dmask, an empty tensor as long as there is no dropout.
 
@@ -90,12 +114,8 @@ def flash_attn_func(
         >>> out.sum().backward()
     """
     problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
-    q, k, v = tensors = autocast_inputs((q, k, v))
-    problem.check_qkv(q, k, v)
-    scale = problem.scale_of(softmax_scale, q.shape[-1])
-    left, right = problem.window_of(causal, window_size)
-    out, softmax_lse = attention(tensors, scale, left, right, deterministic)
-    return _with_probs(out, softmax_lse) if return_attn_probs else out
+    options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    return _attend(problem.check_qkv, autocast_inputs((q, k, v)), *options)
 
 
 def flash_attn_kvpacked_func(
@@ -104,7 +124,7 @@ def flash_attn_kvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[SupportsIndex] = (-1, -1),
+    window_size: Sequence[SupportsIndex] = problem.UNBOUNDED,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -116,12 +136,8 @@ def flash_attn_kvpacked_func(
         kv: (batch, seqlen_k, 2, heads_k, head_dim); its gradient is one tensor too, without a copy.
     """
     problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
-    q, kv = tensors = autocast_inputs((q, kv))
-    problem.check_kvpacked(q, kv)
-    scale = problem.scale_of(softmax_scale, q.shape[-1])
-    left, right = problem.window_of(causal, window_size)
-    out, softmax_lse = attention(tensors, scale, left, right, deterministic)
-    return _with_probs(out, softmax_lse) if return_attn_probs else out
+    options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    return _attend(problem.check_kvpacked, autocast_inputs((q, kv)), *options)
 
 
 def flash_attn_qkvpacked_func(
@@ -129,7 +145,7 @@ def flash_attn_qkvpacked_func(
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
-    window_size: Sequence[SupportsIndex] = (-1, -1),
+    window_size: Sequence[SupportsIndex] = problem.UNBOUNDED,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
@@ -141,9 +157,5 @@ def flash_attn_qkvpacked_func(
         qkv: (batch, seqlen, 3, heads, head_dim); its gradient is one tensor too, without a copy.
     """
     problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
-    (qkv,) = tensors = autocast_inputs((qkv,))
-    problem.check_qkvpacked(qkv)
-    scale = problem.scale_of(softmax_scale, qkv.shape[-1])
-    left, right = problem.window_of(causal, window_size)
-    out, softmax_lse = attention(tensors, scale, left, right, deterministic)
-    return _with_probs(out, softmax_lse) if return_attn_probs else out
+    options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
+    return _attend(problem.check_qkvpacked, autocast_inputs((qkv,)), *options)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flash_attn.problem import check_qkv
+
 _ROW_PADDING = 128  # rows of softmax_d are padded to a multiple of this
 _INSTALL_CUDA = (
     'FLASH_ATTN_CUDA_ARCHS="80;90" pip install --no-build-isolation --force-reinstall --no-deps .'
@@ -60,15 +62,18 @@ def build_info() -> BuildInfo:
 
 
 # Read in the hot path, hence kept; overloads, because a packet resolves its overload at every call.
+# forward_eager is what calling the overload comes down to outside of torch.compile.
 forward: Any
+forward_eager: Any
 backward: Any
 cuda_archs: tuple[str, ...]
 if load_error is None:
     forward = torch.ops.flash_attn.forward.default
+    forward_eager = getattr(forward, "_op", forward)
     backward = torch.ops.flash_attn.backward.default
     cuda_archs = tuple(build_info()["cuda_archs"])
 else:
-    forward = backward = _raise_not_loaded
+    forward = forward_eager = backward = _raise_not_loaded
     cuda_archs = ()
 
 
@@ -90,9 +95,10 @@ def _forward_fake(
     window_left: int,
     window_right: int,
 ) -> tuple[Tensor, Tensor]:
+    check_qkv(q, k, v)
     batch_size, seqlen_q, num_heads, _ = q.shape
     softmax_lse = q.new_empty((batch_size, num_heads, seqlen_q), dtype=torch.float32)
-    return q.new_empty(q.shape), softmax_lse
+    return q.new_empty((batch_size, seqlen_q, num_heads, v.shape[3])), softmax_lse
 
 
 def _backward_fake(
@@ -121,14 +127,21 @@ def _forward_flops(
 ) -> int:
     """Two matrix products, counted without a mask, as torch counts its own attention."""
     batch_size, seqlen_q, num_heads, head_dim = q_shape
-    return 4 * batch_size * num_heads * seqlen_q * k_shape[1] * head_dim
+    return 2 * batch_size * num_heads * seqlen_q * k_shape[1] * (head_dim + v_shape[3])
 
 
 def _backward_flops(
-    dout_shape: torch.Size, q_shape: torch.Size, k_shape: torch.Size, *args: Any, **kwargs: Any
+    dout_shape: torch.Size,
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    v_shape: torch.Size,
+    *args: Any,
+    **kwargs: Any,
 ) -> int:
-    """Five matrix products: the scores again, dv, dP, dq and dk."""
-    return _forward_flops(q_shape, k_shape, k_shape) * 5 // 2
+    """Five matrix products: the scores again, dq and dk; dP and dv."""
+    batch_size, seqlen_q, num_heads, head_dim = q_shape
+    width = 3 * head_dim + 2 * v_shape[3]
+    return 2 * batch_size * num_heads * seqlen_q * k_shape[1] * width
 
 
 if load_error is None:

@@ -1,6 +1,7 @@
 """Checks of a call's arguments: every error names the argument, what was expected and what came.
 
-These run on every call, so they read each property once and build texts only to raise them.
+Those of tensors run where no compiled op does, which checks the same, and where one has refused its
+arguments: then they turn that into a ValueError or TypeError of Python's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 MAX_HEAD_DIM = 256
+UNBOUNDED = (-1, -1)  # the default of window_size
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -79,13 +81,14 @@ def check_sizes(name: str, q: Sequence[int], batch_size: int, heads: int, head_d
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     q_shape = check_tensor("q", q, "(batch, seqlen_q, heads, head_dim)", 4)
     k_shape = check_tensor("k", k, "(batch, seqlen_k, heads_k, head_dim)", 4)
-    v_shape = check_tensor("v", v, "(batch, seqlen_k, heads_k, head_dim)", 4)
+    v_shape = check_tensor("v", v, "(batch, seqlen_k, heads_k, head_dim_v)", 4)
     check_kind("q", q)
     check_same_kind("k", k, q)
     check_same_kind("v", v, q)
     check_sizes("k", q_shape, k_shape[0], k_shape[2], k_shape[3])
-    if v_shape != k_shape:
-        _reject("v", f"the shape of k {tuple(k_shape)}", tuple(v_shape))
+    if v_shape[:3] != k_shape[:3]:
+        expected = f"the shape of k {tuple(k_shape)}, head_dim apart"
+        _reject("v", expected, tuple(v_shape))
 
 
 def check_kvpacked(q: Tensor, kv: Tensor) -> None:
@@ -129,6 +132,8 @@ def scale_of(softmax_scale: float | None, head_dim: int) -> float:
 
 def window_of(causal: bool, window_size: Sequence[SupportsIndex]) -> tuple[int, int]:
     """(window_left, window_right) of the mask, -1 for unbounded. Elements may be 0-d tensors."""
+    if window_size is UNBOUNDED:
+        return -1, 0 if causal else -1
     try:
         left, right = window_size
         left, right = operator.index(left), operator.index(right)

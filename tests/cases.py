@@ -24,6 +24,7 @@ class Case:
     heads: int = 2
     heads_k: int = 2
     head_dim: int = 64
+    head_dim_v: int | None = None  # of v and out; None: head_dim
     causal: bool = False
     window: tuple[int, int] = (-1, -1)
     scale: float | None = None
@@ -31,6 +32,10 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def v_cols(self) -> int:
+        return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
     @property
     def options(self) -> dict[str, object]:
@@ -70,14 +75,14 @@ def make_inputs(
     """Random leaves q, k and v that require gradients."""
     q = torch.randn(case.batch, case.seqlen_q, case.heads, case.head_dim, device=device)
     k = torch.randn(case.batch, case.seqlen_k, case.heads_k, case.head_dim, device=device)
-    v = torch.randn(case.batch, case.seqlen_k, case.heads_k, case.head_dim, device=device)
+    v = torch.randn(case.batch, case.seqlen_k, case.heads_k, case.v_cols, device=device)
     q, k, v = (lay_out(tensor.to(dtype), case.layout).detach() for tensor in (q, k, v))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
 def make_gradients(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Random dout and dlse, the gradients that come in for out and softmax_lse."""
-    dout = torch.randn(case.batch, case.seqlen_q, case.heads, case.head_dim, device=device)
+    dout = torch.randn(case.batch, case.seqlen_q, case.heads, case.v_cols, device=device)
     return dout.to(dtype), torch.randn(case.batch, case.heads, case.seqlen_q, device=device)
 
 
@@ -99,6 +104,11 @@ REGULAR = [
     Case("mqa", heads=4, heads_k=1, causal=True),
     Case("gqa", heads=6, heads_k=2, head_dim=128),
     Case("gqa_causal", heads=6, heads_k=3, seqlen_q=64, seqlen_k=200, causal=True),
+    Case("head_dim_192_128", head_dim=192, head_dim_v=128, seqlen_q=130, causal=True),
+    Case("head_dim_192_104", head_dim=192, head_dim_v=104, heads=4, heads_k=2),
+    Case("head_dim_64_128", head_dim=64, head_dim_v=128, seqlen_k=200, causal=True),
+    Case("head_dim_128_256", head_dim=128, head_dim_v=256, window=(30, 4)),
+    Case("head_dim_256_8", head_dim=256, head_dim_v=8, causal=True, layout="interleaved"),
     Case("scale_small", scale=0.01, causal=True),
     Case("scale_large", scale=1.0),
     Case("scale_negative", scale=-0.2, causal=True),
@@ -164,6 +174,8 @@ ODD_HEAD_DIM = [
     Case("head_dim_20", head_dim=20, causal=True, heads=4, heads_k=2),
     Case("head_dim_63", head_dim=63, layout="wide"),
     Case("head_dim_127", head_dim=127, causal=True, layout="interleaved"),
+    Case("head_dim_96_33", head_dim=96, head_dim_v=33, causal=True),
+    Case("head_dim_33_96", head_dim=33, head_dim_v=96, heads=4, heads_k=2),
     Case("head_dim_255", head_dim=255, layout="shifted", batch=1),
 ]
 
@@ -208,6 +220,7 @@ def random_case(number: int) -> Case:
         window=window,
         scale=draw.choice((None, draw.uniform(-1.0, 1.0))),
         layout=draw.choice(get_args(Layout)),
+        head_dim_v=draw.choice((None, None, draw.randint(1, 256))),
     )
 
 
@@ -238,6 +251,16 @@ LARGE = [
         window=(300, 100),
     ),
     Case("large_d192", seqlen_q=1111, seqlen_k=1500, heads=8, heads_k=4, head_dim=192, causal=True),
+    Case(
+        "large_d192_d128",
+        seqlen_q=1400,
+        seqlen_k=1400,
+        heads=8,
+        heads_k=4,
+        head_dim=192,
+        head_dim_v=128,
+        causal=True,
+    ),
     Case("large_d256", seqlen_q=1024, seqlen_k=2048, heads=8, heads_k=8, head_dim=256, causal=True),
     Case("large_d256_mqa", seqlen_q=1025, seqlen_k=1023, heads=12, heads_k=1, head_dim=256),
     Case("long_q", seqlen_q=66000 * 128, seqlen_k=9, batch=1, heads=1, heads_k=1, head_dim=8),

@@ -90,14 +90,14 @@ BAD_TENSORS: dict[str, tuple[Callable[[], tuple[Any, Any, Any]], type[Exception]
         "k: expected the head_dim of q (16), got 8",
     ),
     "head_dim_of_v": (
-        lambda: (rand(*Q), rand(*K), rand(2, 7, 2, 8)),
+        lambda: (rand(*Q), rand(*K), rand(2, 7, 2, 257)),
         ValueError,
-        "v: expected the shape of k (2, 7, 2, 16), got (2, 7, 2, 8)",
+        "v: expected head_dim from 1 to 256, got 257",
     ),
     "seqlen_of_v": (
         lambda: (rand(*Q), rand(*K), rand(2, 6, 2, 16)),
         ValueError,
-        "v: expected the shape of k (2, 7, 2, 16), got (2, 6, 2, 16)",
+        "v: expected the shape of k (2, 7, 2, 16), head_dim apart, got (2, 6, 2, 16)",
     ),
     "heads": (
         lambda: (rand(*Q), rand(2, 7, 3, 16), rand(2, 7, 3, 16)),
@@ -268,16 +268,19 @@ def op_tensors() -> dict[str, Any]:
 SCALE = "softmax_scale: expected a number that float32 holds as finite and above 0"
 BAD_OP_ARGUMENTS: list[tuple[dict[str, Any], str]] = [
     ({"q": torch.ones(5, 4, 16)}, "q: expected (batch, seqlen, heads, head_dim), got sizes"),
-    ({"k": torch.ones(2, 7, 3, 16)}, "v: expected the sizes of k (2, 7, 3, 16), got (2, 7, 2, 16)"),
+    (
+        {"k": torch.ones(2, 7, 3, 16)},
+        "v: expected the sizes of k (2, 7, 3, 16) but for the last, got (2, 7, 2, 16)",
+    ),
     ({"q": torch.ones(1, 5, 4, 16)}, "k: expected the batch size of q (1), got 2"),
     ({"q": torch.ones(2, 5, 3, 16)}, "q: expected a number of heads that is a multiple of the 2"),
     ({"q": torch.ones(2, 5, 4, 8)}, "k: expected the head_dim of q (8), got 16"),
     ({"q": torch.ones(2, 5, 4, 16).double()}, "q: expected dtype Half, BFloat16 or Float, got"),
     ({"k": torch.ones(2, 7, 2, 16).half()}, "k: expected the dtype of q (Float), got Half"),
     ({"q": torch.ones(2, 5, 4, 32)[..., ::2]}, "q: expected a contiguous last dimension, got"),
-    ({"dout": torch.ones(2, 5, 4, 8)}, "dout: expected the sizes of q (2, 5, 4, 16), got"),
+    ({"dout": torch.ones(2, 5, 4, 8)}, "dout: expected sizes (2, 5, 4, 16), got"),
     ({"dout": torch.ones(2, 5, 4, 16).half()}, "dout: expected the dtype of q (Float), got Half"),
-    ({"out": torch.ones(2, 4, 5, 16)}, "out: expected the sizes of q (2, 5, 4, 16), got"),
+    ({"out": torch.ones(2, 4, 5, 16)}, "out: expected sizes (2, 5, 4, 16), got"),
     ({"softmax_lse": torch.ones(2, 5, 4)}, "softmax_lse: expected sizes (2, 4, 5), got (2, 5, 4)"),
     ({"softmax_lse": torch.ones(2, 4, 5).half()}, "softmax_lse: expected dtype Float, got Half"),
     ({"dlse": torch.ones(2, 4)}, "dlse: expected sizes (2, 4, 5), got (2, 4)"),

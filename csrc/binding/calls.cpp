@@ -26,12 +26,15 @@ bool has_contiguous_rows(Tensor const& tensor) {
   return tensor.stride(tensor.dim() - 1) == 1 || tensor.size(tensor.dim() - 1) <= 1;
 }
 
-/// A new contiguous tensor like `tensor`, contents undefined.
-Tensor new_like(Tensor const& tensor) {
+/// A new contiguous tensor like `tensor` but for the last size, contents undefined.
+Tensor new_like(Tensor const& tensor, int64_t last_size) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return new_tensor(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), tensor.size(3)},
-                    dtype);
+  return new_tensor(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), last_size}, dtype);
+}
+
+Tensor new_like(Tensor const& tensor) {
+  return new_like(tensor, tensor.size(3));
 }
 
 Tensor readable(Tensor const& tensor, int alignment) {
@@ -81,8 +84,8 @@ void check_backward(BackwardTensors const& in) {
   check_rows_contiguous("q", in.q);
   check_rows_contiguous("k", in.k);
   check_rows_contiguous("v", in.v);
-  check_like("dout", in.dout, "q", in.q);
-  check_like("out", in.out, "q", in.q);
+  check_out("dout", in.dout, in.q, in.v);
+  check_out("out", in.out, in.q, in.v);
   check_row_statistic("softmax_lse", in.softmax_lse, in.q);
   if (in.dlse) {
     check_row_statistic("dlse", *in.dlse, in.q);
@@ -139,7 +142,7 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
       q(readable(q_in, alignment)),
       k(readable(k_in, alignment)),
       v(readable(v_in, alignment)),
-      out(new_like(q)),
+      out(new_like(q, shape.head_dim_v)),
       softmax_lse(new_tensor(q, {shape.batch_size, shape.num_heads, shape.seqlen_q},
                              aoti_torch_dtype_float32())),
       params{.q = strided(q),

@@ -64,6 +64,11 @@ void check_rank_4(char const* name, Tensor const& tensor) {
   }
 }
 
+void check_head_dim(char const* name, Tensor const& tensor) {
+  check(tensor.size(3) >= 1 && tensor.size(3) <= kMaxHeadDim, name,
+        ": expected head_dim from 1 to ", kMaxHeadDim, ", got ", tensor.size(3));
+}
+
 void check_same_kind(char const* name, Tensor const& tensor, char const* expected_name,
                      Tensor const& expected) {
   check(tensor.scalar_type() == expected.scalar_type(), name, ": expected the dtype of ",
@@ -93,19 +98,21 @@ Shape checked_shape(Tensor const& q, Tensor const& k, Tensor const& v) {
   check_rank_4("k", k);
   check_rank_4("v", v);
   check_same_kind("k", k, "q", q);
-  check_like("v", v, "k", k);
+  check_same_kind("v", v, "k", k);
   check(k.size(0) == q.size(0), "k: expected the batch size of q (", q.size(0), "), got ",
         k.size(0));
   check(k.size(3) == q.size(3), "k: expected the head_dim of q (", q.size(3), "), got ", k.size(3));
-  check(q.size(3) >= 1 && q.size(3) <= kMaxHeadDim, "q: expected head_dim from 1 to ", kMaxHeadDim,
-        ", got ", q.size(3));
+  check(v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == k.size(2),
+        "v: expected the sizes of k ", sizes_text(k), " but for the last, got ", sizes_text(v));
+  check_head_dim("q", q);
+  check_head_dim("v", v);
   check(k.size(2) >= 1 && q.size(2) >= 1 && q.size(2) % k.size(2) == 0,
         "q: expected a number of heads that is a multiple of the ", k.size(2), " heads of k, got ",
         q.size(2));
   check(q.size(0) * q.size(2) <= kMaxSize, "q: expected batch * heads up to ", kMaxSize, ", got ",
         q.size(0) * q.size(2));
-  return {int(q.size(0)), int(q.size(1)), int(k.size(1)),
-          int(q.size(2)), int(k.size(2)), int(q.size(3))};
+  return {int(q.size(0)), int(q.size(1)), int(k.size(1)), int(q.size(2)),
+          int(k.size(2)), int(q.size(3)), int(v.size(3))};
 }
 
 void check_like(char const* name, Tensor const& tensor, char const* expected_name,
@@ -113,6 +120,14 @@ void check_like(char const* name, Tensor const& tensor, char const* expected_nam
   check_same_kind(name, tensor, expected_name, expected);
   check(same_sizes(tensor, expected), name, ": expected the sizes of ", expected_name, " ",
         sizes_text(expected), ", got ", sizes_text(tensor));
+}
+
+void check_out(char const* name, Tensor const& tensor, Tensor const& q, Tensor const& v) {
+  check_same_kind(name, tensor, "q", q);
+  check(tensor.dim() == 4 && tensor.size(0) == q.size(0) && tensor.size(1) == q.size(1) &&
+            tensor.size(2) == q.size(2) && tensor.size(3) == v.size(3),
+        name, ": expected sizes (", q.size(0), ", ", q.size(1), ", ", q.size(2), ", ", v.size(3),
+        "), got ", sizes_text(tensor));
 }
 
 void check_row_statistic(char const* name, Tensor const& tensor, Tensor const& q) {

@@ -25,6 +25,9 @@ Shape checked_shape(Tensor const& q, Tensor const& k, Tensor const& v);
 void check_like(char const* name, Tensor const& tensor, char const* expected_name,
                 Tensor const& expected);
 
+/// `tensor` has the sizes, dtype and device of out: (batch, seqlen_q, num_heads, head_dim_v).
+void check_out(char const* name, Tensor const& tensor, Tensor const& q, Tensor const& v);
+
 /// `tensor` is fp32 (batch, num_heads, seqlen_q) on the device of q.
 void check_row_statistic(char const* name, Tensor const& tensor, Tensor const& q);
 

@@ -18,7 +18,7 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor const& q, Tensor const& k, Tensor
   torch::stable::accelerator::DeviceGuard const guard(device_index);
   ForwardCall const call(q, k, v, {softmax_scale, window_left, window_right}, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
-  ForwardConfig const& config = device.forward_config(call.dtype, call.shape.head_dim);
+  ForwardConfig const& config = device.forward_config(call.dtype, call.shape);
   if (!call.is_empty()) {
     sm80::forward(config, call.params, device.properties(), current_stream(device_index));
   }
@@ -35,7 +35,7 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
   BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv},
                     {softmax_scale, window_left, window_right}, deterministic, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
-  BackwardConfig const& config = device.backward_config(call.dtype, call.shape.head_dim);
+  BackwardConfig const& config = device.backward_config(call.dtype, call.shape);
   if (call.is_empty()) {
     call.zero_gradients();
     return call.softmax_d;

@@ -56,6 +56,14 @@ int compiled_arch(int compute_capability) {
   return newest;
 }
 
+void check_head_dim_step(char const* name, int head_dim) {
+  if (head_dim % kHeadDimStep != 0) {
+    throw std::invalid_argument(
+        std::string("flash_attn: ") + name + ": expected a head_dim that is a multiple of " +
+        std::to_string(kHeadDimStep) + " on CUDA, got " + std::to_string(head_dim));
+  }
+}
+
 /// FLASH_ATTN_SMEM_BYTES, which the tests set to run the kernels of GPUs with less shared memory.
 int smem_limit_of_environment() {
   char const* const text = std::getenv("FLASH_ATTN_SMEM_BYTES");
@@ -96,16 +104,14 @@ CudaDevice::CudaDevice(int device_index)
 
 template <class Config>
 Config const& CudaDevice::find(Table<Config> const& table, char const* pass, DType dtype,
-                               int head_dim) const {
+                               Shape const& shape) const {
   if (dtype == DType::kFp32) {
     throw std::invalid_argument(
         "flash_attn: q: expected dtype Half or BFloat16 on CUDA, got Float");
   }
-  if (head_dim % kHeadDimStep != 0) {
-    throw std::invalid_argument("flash_attn: q: expected a head_dim that is a multiple of " +
-                                std::to_string(kHeadDimStep) + " on CUDA, got " +
-                                std::to_string(head_dim));
-  }
+  check_head_dim_step("q", shape.head_dim);
+  check_head_dim_step("v", shape.head_dim_v);
+  int const head_dim = std::max(shape.head_dim, shape.head_dim_v);
   Selection<Config> const& selection =
       table[std::size_t(dtype)][std::size_t(head_dim / kHeadDimStep)];
   if (!selection.found) {
@@ -116,12 +122,12 @@ Config const& CudaDevice::find(Table<Config> const& table, char const* pass, DTy
   return selection.row;
 }
 
-ForwardConfig const& CudaDevice::forward_config(DType dtype, int head_dim) const {
-  return find(forward_, "forward", dtype, head_dim);
+ForwardConfig const& CudaDevice::forward_config(DType dtype, Shape const& shape) const {
+  return find(forward_, "forward", dtype, shape);
 }
 
-BackwardConfig const& CudaDevice::backward_config(DType dtype, int head_dim) const {
-  return find(backward_, "backward", dtype, head_dim);
+BackwardConfig const& CudaDevice::backward_config(DType dtype, Shape const& shape) const {
+  return find(backward_, "backward", dtype, shape);
 }
 
 CudaDevice const& cuda_device(int device_index) {

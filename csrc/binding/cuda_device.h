@@ -16,9 +16,9 @@ class CudaDevice {
   /// Throws if this build has no machine code for the device.
   explicit CudaDevice(int device_index);
 
-  /// The row that serves (dtype, head_dim). Throws with one reason per row if none does.
-  ForwardConfig const& forward_config(DType dtype, int head_dim) const;
-  BackwardConfig const& backward_config(DType dtype, int head_dim) const;
+  /// The row that serves the dtype and head_dims. Throws with one reason per row if none does.
+  ForwardConfig const& forward_config(DType dtype, Shape const& shape) const;
+  BackwardConfig const& backward_config(DType dtype, Shape const& shape) const;
 
   sm80::Device const& properties() const { return properties_; }
 
@@ -29,7 +29,8 @@ class CudaDevice {
   using Table = std::array<std::array<Selection<Config>, 256 / kHeadDimStep + 1>, 2>;
 
   template <class Config>
-  Config const& find(Table<Config> const& table, char const* pass, DType dtype, int head_dim) const;
+  Config const& find(Table<Config> const& table, char const* pass, DType dtype,
+                     Shape const& shape) const;
 
   int compute_capability_;
   sm80::Device properties_;

@@ -16,8 +16,8 @@ constexpr int64_t kSectionBytes = 8 << 20;
 /// Neighbouring tasks take different heads, so that threads seldom wait for each other's dq turn.
 TileOrder key_tile_order(Shape const& shape, int num_threads) {
   int const batch_heads = shape.batch_size * shape.num_heads_k;
-  int64_t const bytes_per_head = int64_t(3) * sizeof(float) * shape.query_heads_per_key_head() *
-                                 shape.seqlen_q * shape.head_dim;
+  int64_t const bytes_per_head = int64_t(sizeof(float)) * shape.query_heads_per_key_head() *
+                                 shape.seqlen_q * (2 * shape.head_dim + shape.head_dim_v);
   int const heads = heads_per_section(bytes_per_head, kSectionBytes, batch_heads);
   return {ceil_div(shape.seqlen_k, kTileN), batch_heads,
           std::clamp(heads, std::min(num_threads, batch_heads), std::max(batch_heads, 1)), false};
@@ -35,14 +35,14 @@ void backward(BackwardParams const& params, DType dtype, int num_threads) {
   Shape const& shape = params.shape;
   int const batch_heads = shape.batch_size * shape.num_heads;
   TileOrder const rows = {ceil_div(shape.seqlen_q, kTileM), batch_heads, 1, false};
-  int64_t const multiply_adds =
-      5 * int64_t(batch_heads) * shape.seqlen_q * shape.seqlen_k * shape.head_dim;
+  int64_t const multiply_adds = int64_t(batch_heads) * shape.seqlen_q * shape.seqlen_k *
+                                (3 * shape.head_dim + 2 * shape.head_dim_v);
   TileOrder const key_tiles = key_tile_order(shape, num_threads);
   int const threads =
       useful_threads(num_threads, std::max(rows.num_tiles(), key_tiles.num_tiles()), multiply_adds);
 
   ScratchArena counter(nullptr);
-  BackwardScratch(counter, shape.head_dim);
+  BackwardScratch(counter, shape);
   FloatBuffer const scratch = allocate_floats(counter.used() * threads);
   DqSum dq_sum = dq_sum_layout(shape);
   FloatBuffer const dq_buffer = allocate_floats(dq_sum.plane_stride * batch_heads);

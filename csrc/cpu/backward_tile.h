@@ -81,19 +81,21 @@ void score_gradients(BackwardScratch const& scratch, QueryRows const& query, Pai
 /// Q and dO of the query tile are in scratch. Leaves dS of the strip there and adds to dk and dv.
 template <class Isa>
 void key_gradients(BackwardScratch const& scratch, QueryRows const& query, PairStrip const& strip,
-                   int first_key, int head_dim, float softmax_scale, VisibleKeys const* visible) {
+                   int first_key, Shape const& shape, float softmax_scale,
+                   VisibleKeys const* visible) {
   auto const [row, rows, col, keys] = strip;
-  GemmShape const scores = {rows, keys, head_dim};
-  GemmShape const gradients = {keys, head_dim, rows};
-  gemm<Isa, AOrder::kRowMajor, Update::kSet>(scores, scratch.q.at(row, 0), scratch.k_t.at(0, col),
-                                             scratch.p.at(row, col));
-  gemm<Isa, AOrder::kRowMajor, Update::kSet>(scores, scratch.dout.at(row, 0),
-                                             scratch.v_t.at(0, col), scratch.ds.at(row, col));
+  gemm<Isa, AOrder::kRowMajor, Update::kSet>({rows, keys, shape.head_dim}, scratch.q.at(row, 0),
+                                             scratch.k_t.at(0, col), scratch.p.at(row, col));
+  gemm<Isa, AOrder::kRowMajor, Update::kSet>({rows, keys, shape.head_dim_v},
+                                             scratch.dout.at(row, 0), scratch.v_t.at(0, col),
+                                             scratch.ds.at(row, col));
   score_gradients<Isa>(scratch, query, strip, first_key, softmax_scale, visible);
-  gemm<Isa, AOrder::kTransposed, Update::kAdd>(gradients, scratch.p.at(row, col),
-                                               scratch.dout.at(row, 0), scratch.dv.at(col, 0));
-  gemm<Isa, AOrder::kTransposed, Update::kAdd>(gradients, scratch.ds.at(row, col),
-                                               scratch.q.at(row, 0), scratch.dk.at(col, 0));
+  gemm<Isa, AOrder::kTransposed, Update::kAdd>({keys, shape.head_dim_v, rows},
+                                               scratch.p.at(row, col), scratch.dout.at(row, 0),
+                                               scratch.dv.at(col, 0));
+  gemm<Isa, AOrder::kTransposed, Update::kAdd>({keys, shape.head_dim, rows},
+                                               scratch.ds.at(row, col), scratch.q.at(row, 0),
+                                               scratch.dk.at(col, 0));
 }
 
 template <class Isa>
@@ -134,18 +136,17 @@ template <class Isa, class T>
 void backward_tile(BackwardParams const& params, Tile tile, float* scratch_base,
                    DqSum const& dq_sum, DqTurns& turns) {
   Shape const& shape = params.shape;
-  int const head_dim = shape.head_dim;
   ScratchArena arena(scratch_base);
-  BackwardScratch const scratch(arena, head_dim);
+  BackwardScratch const scratch(arena, shape);
 
   int const n_begin = tile.block * kTileN;
   int const batch = tile.batch_head / shape.num_heads_k;
   int const head_k = tile.batch_head % shape.num_heads_k;
   RowRange const key_rows = {batch, head_k, n_begin, imin(kTileN, shape.seqlen_k - n_begin)};
-  load_tile<Isa, T>(params.v, key_rows, head_dim, scratch.k);
-  transpose<Isa>(scratch.k, key_rows.count, head_dim, scratch.v_t);
-  load_tile<Isa, T>(params.k, key_rows, head_dim, scratch.k);
-  transpose<Isa>(scratch.k, key_rows.count, head_dim, scratch.k_t);
+  load_tile<Isa, T>(params.v, key_rows, shape.head_dim_v, scratch.k);
+  transpose<Isa>(scratch.k, key_rows.count, shape.head_dim_v, scratch.v_t);
+  load_tile<Isa, T>(params.k, key_rows, shape.head_dim, scratch.k);
+  transpose<Isa>(scratch.k, key_rows.count, shape.head_dim, scratch.k_t);
   fill_zero<Isa>(scratch.dk, round_up(key_rows.count, kMicroRows));
   fill_zero<Isa>(scratch.dv, round_up(key_rows.count, kMicroRows));
 
@@ -160,22 +161,22 @@ void backward_tile(BackwardParams const& params, Tile tile, float* scratch_base,
       VisibleKeys const visible(params.mask, shape, query.rows);
       bool const is_full = full.min <= m_block && m_block < full.max;
       PairStrips const pair(query, key_rows, is_full ? nullptr : &visible);
-      load_tile<Isa, T>(params.q, query.rows, head_dim, scratch.q);
-      load_tile<Isa, T>(params.dout, query.rows, head_dim, scratch.dout);
+      load_tile<Isa, T>(params.q, query.rows, shape.head_dim, scratch.q);
+      load_tile<Isa, T>(params.dout, query.rows, shape.head_dim_v, scratch.dout);
       for (int idx = 0; idx < pair.count; ++idx) {
-        key_gradients<Isa>(scratch, query, pair.strips[idx], n_begin, head_dim,
-                           params.softmax_scale, is_full ? nullptr : &visible);
+        key_gradients<Isa>(scratch, query, pair.strips[idx], n_begin, shape, params.softmax_scale,
+                           is_full ? nullptr : &visible);
       }
       turns.wait(tile, group_idx, m_block);
       for (int idx = 0; idx < pair.count; ++idx) {
-        query_gradient<Isa>(scratch, pair.strips[idx], head_dim, dq_sum.rows(query.rows));
+        query_gradient<Isa>(scratch, pair.strips[idx], shape.head_dim, dq_sum.rows(query.rows));
       }
       turns.pass(tile, group_idx, m_block + 1);
     }
     turns.pass(tile, group_idx + 1, 0);
   }
-  store_tile<Isa, T>(scratch.dk, params.softmax_scale, params.dk, key_rows, head_dim);
-  store_tile<Isa, T>(scratch.dv, 1.0f, params.dv, key_rows, head_dim);
+  store_tile<Isa, T>(scratch.dk, params.softmax_scale, params.dk, key_rows, shape.head_dim);
+  store_tile<Isa, T>(scratch.dv, 1.0f, params.dv, key_rows, shape.head_dim_v);
 }
 
 /// softmax_d of one query tile, zeros in its padding, and zeros in the tile's dq sum.
@@ -184,7 +185,7 @@ void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
                   DqSum const& dq_sum) {
   Shape const& shape = params.shape;
   float* const out_row = scratch_base;
-  float* const dout_row = scratch_base + leading_dim(shape.head_dim);
+  float* const dout_row = scratch_base + leading_dim(shape.head_dim_v);
   int const head = tile.batch_head % shape.num_heads;
   QueryRows const query =
       query_rows<Isa>(params, tile.batch_head / shape.num_heads, head, tile.block);
@@ -192,11 +193,11 @@ void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
   float const* const dlse =
       params.dlse == nullptr ? nullptr : params.dlse + (query.lse - params.softmax_lse);
   for (int row = 0; row < rows.count; ++row) {
-    load_row<Isa>(row_pointer<T const>(params.out, rows, row), shape.head_dim, out_row);
-    load_row<Isa>(row_pointer<T const>(params.dout, rows, row), shape.head_dim, dout_row);
+    load_row<Isa>(row_pointer<T const>(params.out, rows, row), shape.head_dim_v, out_row);
+    load_row<Isa>(row_pointer<T const>(params.dout, rows, row), shape.head_dim_v, dout_row);
     // In the order of the product dP = dO V^T: where a row attends to one key, dP - D is exactly 0.
     float sum = 0.0f;
-    for (int c = 0; c < shape.head_dim; ++c) {
+    for (int c = 0; c < shape.head_dim_v; ++c) {
       sum = Isa::scalar_fma(out_row[c], dout_row[c], sum);
     }
     query.softmax_d[row] = dlse == nullptr ? sum : sum - dlse[row];

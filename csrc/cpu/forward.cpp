@@ -12,11 +12,11 @@ void forward(ForwardParams const& params, DType dtype, int num_threads) {
   // Causal: the last query tiles see the most keys and start first.
   TileOrder const order = {ceil_div(shape.seqlen_q, kTileM), batch_heads, 1, true};
   int64_t const multiply_adds =
-      2 * int64_t(batch_heads) * shape.seqlen_q * shape.seqlen_k * shape.head_dim;
+      int64_t(batch_heads) * shape.seqlen_q * shape.seqlen_k * (shape.head_dim + shape.head_dim_v);
   int const threads = useful_threads(num_threads, order.num_tiles(), multiply_adds);
 
   ScratchArena counter(nullptr);
-  ForwardScratch(counter, shape.head_dim);
+  ForwardScratch(counter, shape);
   FloatBuffer const scratch = allocate_floats(counter.used() * threads);
   Kernels const& kernel = kernels(dtype);
   Phase const phase = {order.num_tiles(), [&](int task, int thread) {

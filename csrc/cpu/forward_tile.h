@@ -76,7 +76,7 @@ void online_softmax(ForwardStrip const& strip, int keys, float softmax_scale_log
 
 /// One key tile's part of a strip. K and V of the tile are in scratch.
 template <class Isa>
-void attend(ForwardStrip const& strip, RowRange const& key_rows, int head_dim,
+void attend(ForwardStrip const& strip, RowRange const& key_rows, Shape const& shape,
             float softmax_scale) {
   ForwardScratch const& scratch = strip.scratch;
   int32_t const* const begin = strip.visible.begin + strip.row_begin;
@@ -88,14 +88,15 @@ void attend(ForwardStrip const& strip, RowRange const& key_rows, int head_dim,
     return;
   }
   int const key_begin = key_rows.begin + skipped;
-  gemm<Isa, AOrder::kRowMajor, Update::kSet>({keys, strip.rows, head_dim}, scratch.k.at(skipped, 0),
+  gemm<Isa, AOrder::kRowMajor, Update::kSet>({keys, strip.rows, shape.head_dim},
+                                             scratch.k.at(skipped, 0),
                                              scratch.q_t.at(0, strip.row_begin), scratch.scores_t);
   if (begin[last] > key_begin || end[0] < key_begin + keys) {
     mask_transposed<Isa>(strip, key_begin, keys);
   }
   online_softmax<Isa>(strip, keys, softmax_scale * kLog2E);
   gemm<Isa, AOrder::kTransposed, Update::kScaleAdd>(
-      {strip.rows, head_dim, keys}, scratch.scores_t, scratch.v.at(skipped, 0),
+      {strip.rows, shape.head_dim_v, keys}, scratch.scores_t, scratch.v.at(skipped, 0),
       scratch.out.at(strip.row_begin, 0), scratch.rescale + strip.row_begin);
 }
 
@@ -111,11 +112,11 @@ void finish_rows(ForwardParams const& params, RowRange const& rows, ForwardScrat
     float* const out_row = scratch.out.data + row * scratch.out.stride;
     bool const no_keys = sum == 0.0f;
     if (no_keys) {
-      std::memset(out_row, 0, sizeof(float) * shape.head_dim);
+      std::memset(out_row, 0, sizeof(float) * shape.head_dim_v);
     }
     lse[row] =
         no_keys ? kInfinity : float(double(scratch.row_max[row]) * kLn2 + std::log(double(sum)));
-    store_row<Isa>(out_row, no_keys ? 0.0f : 1.0f / sum, shape.head_dim,
+    store_row<Isa>(out_row, no_keys ? 0.0f : 1.0f / sum, shape.head_dim_v,
                    row_pointer<T>(params.out, rows, row));
   }
 }
@@ -123,9 +124,8 @@ void finish_rows(ForwardParams const& params, RowRange const& rows, ForwardScrat
 template <class Isa, class T>
 void forward_tile(ForwardParams const& params, Tile tile, float* scratch_base) {
   Shape const& shape = params.shape;
-  int const head_dim = shape.head_dim;
   ScratchArena arena(scratch_base);
-  ForwardScratch const scratch(arena, head_dim);
+  ForwardScratch const scratch(arena, shape);
 
   int const m_begin = tile.block * kTileM;
   int const head = tile.batch_head % shape.num_heads;
@@ -138,8 +138,8 @@ void forward_tile(ForwardParams const& params, Tile tile, float* scratch_base) {
     scratch.row_max[row] = -kInfinity;
     scratch.row_sum[row] = 0.0f;
   }
-  load_tile<Isa, T>(params.q, rows, head_dim, scratch.out);
-  transpose<Isa>(scratch.out, rows.count, head_dim, scratch.q_t);
+  load_tile<Isa, T>(params.q, rows, shape.head_dim, scratch.out);
+  transpose<Isa>(scratch.out, rows.count, shape.head_dim, scratch.q_t);
   fill_zero<Isa>(scratch.out, round_up(rows.count, kMicroRows));
 
   VisibleKeys const visible(params.mask, shape, rows);
@@ -148,10 +148,10 @@ void forward_tile(ForwardParams const& params, Tile tile, float* scratch_base) {
   for (int n_block = blocks.min; n_block < blocks.max; ++n_block) {
     int const n_begin = n_block * kTileN;
     RowRange const key_rows = {rows.batch, head_k, n_begin, imin(kTileN, shape.seqlen_k - n_begin)};
-    load_tile<Isa, T>(params.k, key_rows, head_dim, scratch.k);
-    load_tile<Isa, T>(params.v, key_rows, head_dim, scratch.v);
+    load_tile<Isa, T>(params.k, key_rows, shape.head_dim, scratch.k);
+    load_tile<Isa, T>(params.v, key_rows, shape.head_dim_v, scratch.v);
     for (int row = 0; row < rows.count; row += kStrip) {
-      attend<Isa>({scratch, visible, row, imin(kStrip, rows.count - row)}, key_rows, head_dim,
+      attend<Isa>({scratch, visible, row, imin(kStrip, rows.count - row)}, key_rows, shape,
                   params.softmax_scale);
     }
   }

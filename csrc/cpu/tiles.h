@@ -89,17 +89,18 @@ struct VisibleKeys {
 /// vector lanes without horizontal reductions, and K and V enter the products as they lie in
 /// memory.
 struct ForwardScratch {
-  ForwardScratch(ScratchArena& arena, int head_dim)
-      : q_t(arena.matrix(head_dim, kTileM)),
-        k(arena.matrix(kTileN, head_dim)),
-        v(arena.matrix(kTileN, head_dim)),
+  ForwardScratch(ScratchArena& arena, Shape const& shape)
+      : q_t(arena.matrix(shape.head_dim, kTileM)),
+        k(arena.matrix(kTileN, shape.head_dim)),
+        v(arena.matrix(kTileN, shape.head_dim_v)),
         scores_t(arena.matrix(kTileN, kStrip)),
-        out(arena.matrix(kTileM, head_dim)),
+        out(arena.matrix(kTileM, imax(shape.head_dim, shape.head_dim_v))),
         row_max(arena.floats(kTileM)),
         row_sum(arena.floats(kTileM)),
         rescale(arena.floats(kTileM)) {}
 
-  Matrix q_t, k, v, scores_t, out;
+  Matrix q_t, k, v, scores_t;
+  Matrix out;      // holds Q until that is transposed
   float* row_max;  // log2 domain
   float* row_sum;
   float* rescale;  // factor of the previous out and row_sum after the current key tile
@@ -108,18 +109,19 @@ struct ForwardScratch {
 /// Scratch of a backward task. K and V are transposed once for all the query tiles of the task, so
 /// that Q and dO enter all five products as they lie in memory.
 struct BackwardScratch {
-  BackwardScratch(ScratchArena& arena, int head_dim)
-      : k(arena.matrix(kTileN, head_dim)),
-        k_t(arena.matrix(head_dim, kTileN)),
-        v_t(arena.matrix(head_dim, kTileN)),
-        q(arena.matrix(kTileM, head_dim)),
-        dout(arena.matrix(kTileM, head_dim)),
+  BackwardScratch(ScratchArena& arena, Shape const& shape)
+      : k(arena.matrix(kTileN, imax(shape.head_dim, shape.head_dim_v))),
+        k_t(arena.matrix(shape.head_dim, kTileN)),
+        v_t(arena.matrix(shape.head_dim_v, kTileN)),
+        q(arena.matrix(kTileM, shape.head_dim)),
+        dout(arena.matrix(kTileM, shape.head_dim_v)),
         p(arena.matrix(kTileM, kTileN)),
         ds(arena.matrix(kTileM, kTileN)),
-        dk(arena.matrix(kTileN, head_dim)),
-        dv(arena.matrix(kTileN, head_dim)) {}
+        dk(arena.matrix(kTileN, shape.head_dim)),
+        dv(arena.matrix(kTileN, shape.head_dim_v)) {}
 
-  Matrix k, k_t, v_t, q, dout;
+  Matrix k;  // holds V until that is transposed
+  Matrix k_t, v_t, q, dout;
   Matrix p;   // scores, then P
   Matrix ds;  // dP, then dS
   Matrix dk, dv;

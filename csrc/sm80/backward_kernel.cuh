@@ -126,8 +126,8 @@ __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_
              GlobalRows(params.q, batch, visit.head, shape.seqlen_q, shape.head_dim), first_row,
              fresh_thread_idx());
   Copy::load(smem + Traits::kSmemDO + stage_bytes,
-             GlobalRows(params.dout, batch, visit.head, shape.seqlen_q, shape.head_dim), first_row,
-             fresh_thread_idx());
+             GlobalRows(params.dout, batch, visit.head, shape.seqlen_q, shape.head_dim_v),
+             first_row, fresh_thread_idx());
   cp_async_commit();
 }
 
@@ -295,7 +295,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
               GlobalRows(params.k, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
               first_key, threadIdx.x);
   CopyK::load(smem + Traits::kSmemV,
-              GlobalRows(params.v, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
+              GlobalRows(params.v, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim_v),
               first_key, threadIdx.x);
   cp_async_commit();
   if (visits_left > 0) {
@@ -353,9 +353,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   store_keys<Traits>(acc_dk, params.softmax_scale, smem + Traits::kSmemK,
                      GlobalRows(params.dk, done.batch, done.head_k, shape.seqlen_k, shape.head_dim),
                      done.n_block * kConfig.tile_n);
-  store_keys<Traits>(acc_dv, 1.f, smem + Traits::kSmemV,
-                     GlobalRows(params.dv, done.batch, done.head_k, shape.seqlen_k, shape.head_dim),
-                     done.n_block * kConfig.tile_n);
+  store_keys<Traits>(
+      acc_dv, 1.f, smem + Traits::kSmemV,
+      GlobalRows(params.dv, done.batch, done.head_k, shape.seqlen_k, shape.head_dim_v),
+      done.n_block * kConfig.tile_n);
 }
 
 }  // namespace flash::sm80

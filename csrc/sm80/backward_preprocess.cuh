@@ -26,9 +26,9 @@ __global__ void __launch_bounds__(kSideThreads)
 
   float sum = 0.f;
   if (row < shape.seqlen_q) {
-    GlobalRows const out(params.out, batch, head, shape.seqlen_q, shape.head_dim);
-    GlobalRows const dout(params.dout, batch, head, shape.seqlen_q, shape.head_dim);
-    for (int col = threadIdx.x % 8 * 8; col < shape.head_dim; col += 64) {
+    GlobalRows const out(params.out, batch, head, shape.seqlen_q, shape.head_dim_v);
+    GlobalRows const dout(params.dout, batch, head, shape.seqlen_q, shape.head_dim_v);
+    for (int col = threadIdx.x % 8 * 8; col < shape.head_dim_v; col += 64) {
       uint4 const a = *reinterpret_cast<uint4 const*>(out.ptr + row * out.row_bytes + col * 2);
       uint4 const b = *reinterpret_cast<uint4 const*>(dout.ptr + row * dout.row_bytes + col * 2);
       auto add_pair = [&](uint32_t x, uint32_t y) {

@@ -78,7 +78,7 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
   Shape const& shape = params.shape;
   int const batch = tile.batch_head / shape.num_heads, head = tile.batch_head % shape.num_heads;
   int const first_row = tile.block * Traits::kConfig.tile_m;
-  GlobalRows const out(params.out, batch, head, shape.seqlen_q, shape.head_dim);
+  GlobalRows const out(params.out, batch, head, shape.seqlen_q, shape.head_dim_v);
   float* const softmax_lse = params.softmax_lse + int64_t(tile.batch_head) * shape.seqlen_q;
   int const thread_idx = fresh_thread_idx();
   int const warp_idx = thread_idx / 32, lane_idx = thread_idx % 32;
@@ -129,8 +129,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
   BlockRange const visible = n_block_range(grid, tile.block);
   BlockRange const full = full_n_block_range(grid, tile.block);
-  auto const copy_tile = [&](Strided const& tensor, uint32_t smem_tile, int n_block) {
-    GlobalRows const rows(tensor, fresh(batch), fresh(head_k), shape.seqlen_k, shape.head_dim);
+  auto const copy_tile = [&](Strided const& tensor, int cols, uint32_t smem_tile, int n_block) {
+    GlobalRows const rows(tensor, fresh(batch), fresh(head_k), shape.seqlen_k, cols);
     CopyK::load(smem + smem_tile, rows, n_block * kConfig.tile_n, fresh_thread_idx());
     cp_async_commit();
   };
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     cp_async_wait<0>();
     __syncthreads();  // V[n] is there; every warp is done with K[n]
     if (n_block > visible.min) {
-      copy_tile(params.k, Traits::kSmemK, n_block - 1);
+      copy_tile(params.k, shape.head_dim, Traits::kSmemK, n_block - 1);
     }
   };
 
@@ -146,12 +146,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   if (visible.max > visible.min) {
     GlobalRows const q(params.q, batch, head, shape.seqlen_q, shape.head_dim);
     CopyQ::load(smem, q, first_row, fresh_thread_idx());
-    copy_tile(params.k, Traits::kSmemK, visible.max - 1);
+    copy_tile(params.k, shape.head_dim, Traits::kSmemK, visible.max - 1);
   }
   for (int n_block = visible.max - 1; n_block >= visible.min; --n_block) {
     cp_async_wait<0>();
     __syncthreads();  // K[n] is there; every warp is done with V[n + 1]
-    copy_tile(params.v, Traits::kSmemV, n_block);
+    copy_tile(params.v, shape.head_dim_v, Traits::kSmemV, n_block);
 
     float acc_s[Traits::kPiecesM][2 * Traits::kPiecesN][4];
     warp.scores(acc_s);
