@@ -120,7 +120,8 @@ def attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), which the compiled op checks."""
-    apply, forward = Attention.apply, ops.forward
+    apply: Any = Attention.apply
+    forward = ops.forward
     if not torch.compiler.is_compiling():
         _reject_transforms(tensors)
         apply, forward = _apply, ops.forward_eager
