@@ -70,6 +70,7 @@ def test_tile_ranges_match_the_mask_rule(host: ModuleType, left: int, right: int
         matrix = visible(left, right, seqlen_q, seqlen_k)
         case = f"window ({left}, {right}), seqlens {seqlen_q} x {seqlen_k}"
         assert (host.attends_matrix(mask, seqlen_q, seqlen_k) == matrix).all(), case
+        assert host.hides_any_key(mask, seqlen_q, seqlen_k) == (not matrix.all()), case
         for tile_m, tile_n in TILES:
             grid = host.TileGrid(tile_m, tile_n, seqlen_q, seqlen_k, mask)
             what = f"{case}, tile {tile_m} x {tile_n}"
@@ -144,6 +145,30 @@ def test_tile_order_is_a_permutation_longest_first(
         assert (steps <= 0).all() if descending else (steps >= 0).all()
         longest = num_blocks - 1 if descending else 0
         assert blocks[0] == longest
+
+
+@pytest.mark.parametrize(("num_blocks", "num_batch_heads", "heads", "descending"), ORDERS)
+@pytest.mark.parametrize("at_least", [1, 3, 9])
+def test_the_last_section_is_as_large_as_asked(
+    host: ModuleType,
+    num_blocks: int,
+    num_batch_heads: int,
+    heads: int,
+    descending: bool,
+    at_least: int,
+) -> None:
+    first = host.first_in_last_section(at_least, heads, num_batch_heads)
+    table = host.TileOrder(num_blocks, num_batch_heads, heads, descending, first).table()
+    assert 0 <= first <= num_batch_heads - min(at_least, num_batch_heads)
+    assert first % heads == 0 and num_batch_heads - first < at_least + heads
+    # Before it the order is that of the heads before it alone, in it that of a single section.
+    before, last = table[: first * num_blocks], table[first * num_blocks :]
+    if first > 0:
+        alone = host.TileOrder(num_blocks, first, heads, descending).table()
+        assert (before == alone).all()
+    rest = num_batch_heads - first
+    one_section = host.TileOrder(num_blocks, rest, rest, descending).table()
+    assert (last == one_section + [0, first]).all()
 
 
 def test_descending_order_starts_with_the_longest_causal_tiles(host: ModuleType) -> None:

@@ -32,6 +32,13 @@ FLASH_HD constexpr KeyRange visible_keys(Mask mask, int i, int seqlen_q, int seq
   return {int(begin), int(end)};
 }
 
+/// True if some query row does not attend to some key. Both bounds of visible_keys() grow with the
+/// row.
+FLASH_HD constexpr bool hides_any_key(Mask mask, int seqlen_q, int seqlen_k) {
+  return seqlen_q > 0 && (visible_keys(mask, 0, seqlen_q, seqlen_k).end < seqlen_k ||
+                          visible_keys(mask, seqlen_q - 1, seqlen_q, seqlen_k).begin > 0);
+}
+
 /// True if query row i attends to key j.
 FLASH_HD constexpr bool attends(Mask mask, int i, int j, int seqlen_q, int seqlen_k) {
   KeyRange const keys = visible_keys(mask, i, seqlen_q, seqlen_k);

@@ -81,10 +81,13 @@ void bind_arith(py::module_& module) {
     return range_table(grid, grid.num_n_blocks(), full_m_block_range);
   });
   py::class_<TileOrder>(module, "TileOrder")
-      .def(py::init<int, int, int, bool>(), py::arg("num_blocks"), py::arg("num_batch_heads"),
-           py::arg("heads_per_section"), py::arg("descending"))
+      .def(py::init<int, int, int, bool, int>(), py::arg("num_blocks"), py::arg("num_batch_heads"),
+           py::arg("heads_per_section"), py::arg("descending"),
+           py::arg("first_in_last_section") = INT_MAX)
       .def("table", order_table);
   module.def("heads_per_section", heads_per_section);
+  module.def("first_in_last_section", first_in_last_section);
+  module.def("hides_any_key", hides_any_key);
   module.def("philox4x32_10", philox);
   module.def("ceil_div", ceil_div);
   module.def("round_up", round_up);
