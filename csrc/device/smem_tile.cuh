@@ -39,6 +39,14 @@ struct SmemTile {
   }
 };
 
+/// Stores four 8 x 8 matrices of fragments; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void stmatrix_x4(uint32_t address, uint32_t a, uint32_t b, uint32_t c,
+                                            uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+               "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 /// What a 16 x 16 piece of a tile is to a product: A is (M, K), B is (K, N).
 enum class Operand {
   kA,            // tile rows are M, tile columns K

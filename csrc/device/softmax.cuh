@@ -2,27 +2,11 @@
 #pragma once
 
 #include "arith/mask_rule.h"
-#include "device/element.cuh"
 #include "device/fresh.cuh"
 #include "device/mma.cuh"
+#include "device/quad.cuh"
 
 namespace flash {
-
-/// Maximum and sum over the four lanes that share the rows of an accumulator piece.
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-/// 0 for -inf, the maximum of a row without visible keys.
-__device__ __forceinline__ float finite_or_zero(float x) {
-  return x == -kInfinity ? 0.f : x;
-}
 
 /// Where the pieces of a warp's accumulator lie in the score matrix: piece (m, n) begins at row
 /// first_row + m * row_step and column first_col + (n / 2) * col_step + (n % 2) * 8.
@@ -78,14 +62,11 @@ struct OnlineSoftmax {
   }
 
   /// Takes over the maxima of a score tile, and scales sum and output to them, when a row's maximum
-  /// has grown by more than kSlack powers of two. Below that the old maximum does: the
-  /// probabilities are then up to 2^kSlack, which no 16-bit type rounds differently, and `out /
-  /// row_sum` is the same. A row that has seen no visible key keeps maximum -inf, sum 0 and output
-  /// 0.
+  /// has grown by more than kMaxSlack powers of two. A row that has seen no visible key keeps
+  /// maximum -inf, sum 0 and output 0.
   template <int kN, int kD>
   __device__ __forceinline__ void rescale(float const (&scores)[kM][kN][4], float (&out)[kM][kD][4],
                                           float softmax_scale_log2) {
-    constexpr float kSlack = 8.f;
     float new_max[kM][2];
     bool grown = false;
 #pragma unroll
@@ -98,7 +79,7 @@ struct OnlineSoftmax {
           tile_max = fmaxf(tile_max, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         }
         new_max[m][half] = fmaxf(row_max[m][half], quad_max(tile_max));
-        grown |= (new_max[m][half] - row_max[m][half]) * softmax_scale_log2 > kSlack;
+        grown |= (new_max[m][half] - row_max[m][half]) * softmax_scale_log2 > kMaxSlack;
       }
     }
     if (!__any_sync(0xffffffffu, grown)) {
