@@ -20,8 +20,9 @@ import torch
 
 from flash_attn import __version__, flash_attn_func, ops
 
-# Kernel families for GPUs, and the oldest architecture that each runs on.
-GPU_FAMILIES = {"sm80": 80}
+# Kernel families for GPUs, and the oldest architecture that each runs on. That of Hopper runs on
+# Hopper alone.
+GPU_FAMILIES = {"sm80": 80, "sm90": 90}
 
 REBUILD = "run `pip install .` in the source tree"
 REBUILD_FOR_GPU = f'with FLASH_ATTN_CUDA_ARCHS="80;90" set, {REBUILD}'
@@ -94,8 +95,10 @@ def visible_gpus() -> list[Gpu]:
     return gpus
 
 
-def runs_on(archs: list[int], compute_capability: int) -> bool:
+def runs_on(family: str, archs: list[int], compute_capability: int) -> bool:
     """Machine code runs within its major version; PTX, of the newest arch only, on all later."""
+    if family == "sm90":
+        return compute_capability == 90 and 90 in archs
     same_major = (arch for arch in archs if arch // 10 == compute_capability // 10)
     return bool(archs) and (
         any(arch <= compute_capability for arch in same_major) or max(archs) <= compute_capability
@@ -125,11 +128,12 @@ def gpu_backend(family: str, build: ops.BuildInfo, gpus: list[Gpu]) -> Backend:
         return Backend(family, built=True, works=False, why_not="PyTorch sees no GPU here")
     archs = [int(arch) for arch in build["cuda_archs"] if int(arch) >= GPU_FAMILIES[family]]
     for index, gpu in enumerate(gpus):
-        if not runs_on(archs, gpu.compute_capability):
-            built_for = ";".join(build["cuda_archs"])
+        if not runs_on(family, archs, gpu.compute_capability):
+            built_for = "90" if family == "sm90" else ";".join(build["cuda_archs"])
             why_not = f"cuda:{index} is sm_{gpu.compute_capability}, built for {built_for}"
         else:
-            why_not = try_call(f"cuda:{index}")
+            with ops.newest_kernel_family(GPU_FAMILIES[family]):
+                why_not = try_call(f"cuda:{index}")
         if why_not:
             return Backend(family, built=True, works=False, why_not=why_not)
     return Backend(family, built=True, works=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypedDict
 
 import torch
@@ -75,6 +77,20 @@ if load_error is None:
 else:
     forward = forward_eager = backward = _raise_not_loaded
     cuda_archs = ()
+
+
+@contextmanager
+def newest_kernel_family(arch: int) -> Iterator[None]:
+    """Inside, GPU kernels of families newer than `arch` (80 or 90) serve no call, of any thread.
+
+    For tests and benchmarks of the older families.
+    """
+    limit = torch.ops.flash_attn.limit_kernel_family.default
+    previous = limit(arch)
+    try:
+        yield
+    finally:
+        limit(previous)
 
 
 def raise_no_cuda_backend() -> NoReturn:

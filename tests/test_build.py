@@ -113,6 +113,24 @@ def test_every_arch_gets_machine_code_and_the_newest_also_ptx() -> None:
     ]
 
 
+def test_the_sm90_family_is_compiled_for_sm_90a_alone() -> None:
+    for source in ("csrc/units/forward_sm90_hdim64.cu", "csrc/sm90/tile_counter.cu"):
+        flags = build_plan.gencode(Path(source), (80, 90))
+        assert flags == ["-gencode=arch=compute_90a,code=sm_90a"]
+
+
+def test_builds_without_sm_90_hold_a_stand_in_for_its_family() -> None:
+    stand_in, launcher = "csrc/sm90/absent.cpp", "csrc/sm90/launch.cpp"
+    unit = "csrc/units/forward_sm90_hdim64.cu"
+    for archs in ((90,), (80, 90)):
+        found = build_plan.kernel_sources(archs)
+        assert {launcher, unit} <= set(found) and stand_in not in found
+    found = build_plan.kernel_sources((80,))
+    assert [path for path in found if "sm90" in path] == [stand_in]
+    assert "csrc/units/forward_sm80_hdim64.cu" in found
+    assert build_plan.kernel_sources(()) == []
+
+
 def test_sources_without_archs_are_plain_cpp() -> None:
     cpu, both = (set(build_plan.sources(archs)) for archs in ((), (80,)))
     assert cpu < both

@@ -147,6 +147,79 @@ def test_a_refusal_names_every_row_and_its_reason(host: ModuleType, which: str) 
     assert "no kernel of this dtype" in fp32.why_not
 
 
+SM90_HEAD_DIMS = {(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)}
+
+
+def select_sm90(
+    host: ModuleType,
+    *,
+    dtype: str = "bf16",
+    seqlen: int = 5000,
+    head_dims: tuple[int, int] = (64, 64),
+    window: tuple[int, int] = (-1, -1),
+    smem: int = SMEM_SM90,
+) -> Any:
+    return host.select_sm90_forward(
+        getattr(host.DType, dtype), seqlen, seqlen, *head_dims, host.Mask(*window), smem
+    )
+
+
+def test_sm90_rows_are_unique_and_the_same_for_both_dtypes(host: ModuleType) -> None:
+    rows = {dtype: [] for dtype in DTYPES}
+    for row in host.sm90_forward_rows():
+        key = (row.head_dim, row.head_dim_v, row.mask, row.max_seqlen_q)
+        rows[row.dtype.name].append((*key, row.tile_m, row.tile_n, row.smem_bytes))
+        assert row.name == f"fwd/sm90/{row.head_dim}/{row.dtype.name}"
+        assert row.num_threads == 128 * (1 + row.tile_m // 64)
+        assert 99 * KIB < row.smem_bytes <= SMEM_SM90
+    assert rows["bf16"] == rows["fp16"]
+    assert len({row[:4] for row in rows["bf16"]}) == len(rows["bf16"])
+    assert {row[:2] for row in rows["bf16"]} == SM90_HEAD_DIMS
+
+
+def test_every_sm90_row_serves_something(host: ModuleType) -> None:
+    """And the rows that serve one problem end with one for every length."""
+    for row in host.sm90_forward_rows():
+        window = (-1, -1) if row.mask == host.MaskClass.none else (-1, 0)
+        seqlen = min(row.max_seqlen_q, 10**6)
+        head_dims = (row.head_dim, row.head_dim_v)
+        options = {"dtype": row.dtype.name, "head_dims": head_dims, "window": window}
+        assert select_sm90(host, seqlen=seqlen, **options) == row
+        longest = select_sm90(host, seqlen=2**30, **options)
+        assert longest.max_seqlen_q == 2**31 - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (100, -1), (7, 9)])
+def test_sm90_serves_every_pair_of_head_dims_with_the_smallest_kernel(
+    host: ModuleType, dtype: str, window: tuple[int, int]
+) -> None:
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            row = select_sm90(host, dtype=dtype, head_dims=(head_dim, head_dim_v), window=window)
+            fit = [d for d in SM90_HEAD_DIMS if d[0] >= head_dim and d[1] >= head_dim_v]
+            assert (row.head_dim, row.head_dim_v) == min(fit)
+            assert row.mask == (
+                host.MaskClass.none if window == (-1, -1) else host.MaskClass.bounded
+            )
+
+
+def test_sm90_takes_a_window_that_hides_nothing_for_none(host: ModuleType) -> None:
+    for window, expected in {
+        (4999, 4999): "none",
+        (4998, -1): "bounded",
+        (-1, 4999): "none",
+    }.items():
+        assert select_sm90(host, window=window).mask.name == expected
+
+
+def test_sm90_refuses_what_it_has_no_kernel_for(host: ModuleType) -> None:
+    assert select_sm90(host, dtype="fp32") is None
+    assert select_sm90(host, head_dims=(257, 64)) is None
+    assert select_sm90(host, head_dims=(64, 257)) is None
+    assert select_sm90(host, smem=SMEM_SM80) is None
+
+
 FILTER_PROGRAM = """
 #include <cstdio>
 #include "config/kernel_filter.h"

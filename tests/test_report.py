@@ -107,22 +107,26 @@ def test_nothing_is_missing_from_a_whole_installation(build: ops.BuildInfo) -> N
 
 
 @pytest.mark.parametrize(
-    ("archs", "compute_capability", "expected"),
+    ("family", "archs", "compute_capability", "expected"),
     [
-        ([80], 80, True),
-        ([80], 86, True),
-        ([80], 90, True),  # through PTX
-        ([80, 90], 120, True),  # through PTX
-        ([80, 100], 90, False),  # sm_80 code is another major version, PTX is too new
-        ([86], 80, False),
-        ([90], 80, False),
-        ([], 80, False),
+        ("sm80", [80], 80, True),
+        ("sm80", [80], 86, True),
+        ("sm80", [80], 90, True),  # through PTX
+        ("sm80", [80, 90], 120, True),  # through PTX
+        ("sm80", [80, 100], 90, False),  # sm_80 code is another major version, PTX is too new
+        ("sm80", [86], 80, False),
+        ("sm80", [90], 80, False),
+        ("sm80", [], 80, False),
+        ("sm90", [80, 90], 90, True),
+        ("sm90", [80], 90, False),
+        ("sm90", [80, 90], 80, False),
+        ("sm90", [80, 90], 100, False),  # there is no PTX of this family
     ],
 )
-def test_which_gpus_a_build_runs_on(
-    archs: list[int], compute_capability: int, expected: bool
+def test_which_gpus_a_family_runs_on(
+    family: str, archs: list[int], compute_capability: int, expected: bool
 ) -> None:
-    assert report_module.runs_on(archs, compute_capability) is expected
+    assert report_module.runs_on(family, archs, compute_capability) is expected
 
 
 def test_gpu_backend_says_why_it_does_not_work() -> None:
@@ -130,6 +134,9 @@ def test_gpu_backend_says_why_it_does_not_work() -> None:
     assert not report_module.gpu_backend("sm80", BUILD, []).works
     too_old = report_module.gpu_backend("sm80", BUILD, [Gpu("T4", 75, 16.0)])
     assert too_old.why_not == "cuda:0 is sm_75, built for 80;90"
+    build = {**BUILD, "rows": ["fwd/sm90/64/bf16"]}
+    too_new = report_module.gpu_backend("sm90", build, [Gpu("B200", 100, 180.0)])
+    assert too_new.why_not == "cuda:0 is sm_100, built for 90"
 
 
 def test_a_failing_call_is_a_backend_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:

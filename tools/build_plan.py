@@ -157,15 +157,34 @@ def buildable_archs(
 def gencode(source: Path, archs: Sequence[int]) -> list[str]:
     """nvcc's architecture flags for one source file.
 
-    Machine code for every architecture, and PTX of the newest for GPUs that come after it. The
-    sm80 family is plain compute_XX code; a family with arch-specific instructions picks its own
-    flags here by the source's path.
+    Machine code for every architecture, and PTX of the newest for GPUs that come after it. The sm90
+    family uses instructions that only sm_90a has, of which there is no PTX for later GPUs.
     """
     if source.suffix != ".cu":
         raise ValueError(f"expected a .cu file, got {source}")
+    if is_sm90(source):
+        return ["-gencode=arch=compute_90a,code=sm_90a"]
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     newest = max(archs)
     return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+
+
+def is_sm90(source: Path) -> bool:
+    """True for the sources of the sm90 family."""
+    return source.parent.name == "sm90" or "_sm90_" in source.name
+
+
+def kernel_sources(archs: Sequence[int]) -> list[str]:
+    """Sources of the CUDA kernel families for these architectures, relative to the root."""
+    csrc = ROOT / "csrc"
+    patterns = ("sm80/*.cpp", "sm90/*.cpp", "sm90/*.cu", "units/*.cu") if archs else ()
+    found = [path for pattern in patterns for path in csrc.glob(pattern)]
+    absent = csrc / "sm90" / "absent.cpp"
+    if 90 in archs:
+        found.remove(absent)
+    else:
+        found = [path for path in found if path == absent or not is_sm90(path)]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
 
 
 def sources(archs: Sequence[int]) -> list[str]:
@@ -174,10 +193,7 @@ def sources(archs: Sequence[int]) -> list[str]:
     found = [*csrc.glob("config/*.cpp"), *csrc.glob("cpu/*.cpp")]
     binding = list(csrc.glob("binding/*.cpp"))
     found += [path for path in binding if archs or not path.name.startswith("cuda_")]
-    if archs:
-        for pattern in ("sm80/*.cpp", "sm80/*.cu", "units/*.cu"):
-            found += csrc.glob(pattern)
-    return sorted(str(path.relative_to(ROOT)) for path in found)
+    return sorted([*(str(path.relative_to(ROOT)) for path in found), *kernel_sources(archs)])
 
 
 def define_macros(

@@ -16,18 +16,26 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "build" / "host"))
 
 HEADER = ("kernel", "tile", "arch", "regs", "smem KB", "spills", "ptxas s")
-# Fields of a row in the order that a demangled kernel name lists them.
-FIELDS = {
-    "Forward": (
+# Of each table the function that lists its rows, and their fields in the order that a demangled
+# kernel name has.
+TABLES = {
+    "ForwardConfig": (
+        "forward_rows",
         *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "late_copy"),
         "blocks_per_sm",
     ),
-    "Backward": (
+    "BackwardConfig": (
+        "backward_rows",
         *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "warps_m_s"),
         *("warps_n_dkv", "warps_m_dq", "num_stages", "blocks_per_sm"),
     ),
+    "Sm90ForwardConfig": (
+        "sm90_forward_rows",
+        *("dtype", "head_dim", "head_dim_v", "mask", "max_seqlen_q", "tile_m", "tile_n"),
+        *("q_stages", "k_stages", "v_stages", "out_in_v", "ping_pong", "rows_in_turn"),
+    ),
 }
-CONFIG = re.compile(r"(Forward|Backward)Config\{([^{}]*)\}")
+CONFIG = re.compile(r"(\w+Config)\{([^{}]*)\}")
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -42,22 +50,30 @@ def row_of(name: str, host: Any) -> Any | None:
     if config is None:
         return None
     kind, values = config[1], numbers(config[2])
-    rows = host.forward_rows() if kind == "Forward" else host.backward_rows()
-    for row in rows:
-        if tuple(int(getattr(row, field)) for field in FIELDS[kind]) == values:
+    list_rows, *fields = TABLES[kind]
+    for row in getattr(host, list_rows)():
+        if tuple(int(getattr(row, field)) for field in fields) == values:
             return row
     raise RuntimeError(
         f"{name}: expected a row of the kernel tables, found none. Build flash_attn_host and the "
-        f"kernels from the same tables (make host, make kernels); FIELDS of {__file__} has to list "
-        f"the fields of {kind}Config in their order."
+        f"kernels from the same tables (make host, make kernels); TABLES of {__file__} has to list "
+        f"the fields of {kind} in their order."
     )
 
 
 def short_name(name: str) -> str:
     """A kernel without its parameters, namespaces and the row among its template arguments."""
-    plain = CONFIG.sub("", name).replace("flash::sm80::", "").replace("flash::", "")
+    plain = re.sub(r"flash::(sm\d\d::)?", "", CONFIG.sub("", name))
     head = re.match(r"(?:void )?([\w:]+)(<[^()]*>)?", plain.replace("(anonymous namespace)::", ""))
     return head[1] if head else name
+
+
+def label_of(row: Any) -> str:
+    """Head dims, dtype and mask class of a row."""
+    head_dim_v = getattr(row, "head_dim_v", row.head_dim)
+    head_dims = f"{row.head_dim}" + (f"/{head_dim_v}" if head_dim_v != row.head_dim else "")
+    mask = f" {row.mask.name}" if hasattr(row, "mask") else ""
+    return f"{head_dims} {row.dtype.name}{mask}"
 
 
 def lines_of(unit: dict[str, Any], host: Any) -> list[tuple[str, ...]]:
@@ -69,7 +85,7 @@ def lines_of(unit: dict[str, Any], host: Any) -> list[tuple[str, ...]]:
         base = short_name(name)
         lines.append(
             (
-                f"{base} {row.head_dim} {row.dtype.name}" if row else base,
+                f"{base} {label_of(row)}" if row else base,
                 f"{row.tile_m}x{row.tile_n}" if row else "",
                 kernel["arch"],
                 str(kernel["registers"]),

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 450
 MAX_UNIT_LINES = 5
-MAX_UNITS = 12
+MAX_UNITS = 20
 CPP_SUFFIXES = {".h", ".cpp", ".cuh", ".cu"}
 TEXT_SUFFIXES = CPP_SUFFIXES | {".py", ".md", ".toml", ".txt", ".cmake", ""}
 
@@ -23,9 +23,10 @@ LAYERS = {
     "config": {"arith", "params.h"},
     "cpu": {"arith", "params.h"},
     "sm80": {"arith", "config", "device", "params.h"},
-    "units": {"sm80"},
+    "sm90": {"arith", "config", "device", "params.h"},
+    "units": {"sm80", "sm90"},
     "host": {"arith", "config", "params.h"},
-    "binding": {"arith", "config", "cpu", "sm80", "params.h"},
+    "binding": {"arith", "config", "cpu", "sm80", "sm90", "params.h"},
     "params.h": {"arith"},
 }
 INCLUDE = re.compile(r'^\s*#\s*include\s*([<"])([^>"]+)[>"]')

@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/version.h>
 
+#include <algorithm>
 #include <string_view>
 
 #include "config/select.h"
@@ -68,6 +69,10 @@ void append_compiled(std::vector<std::string>& names, std::vector<Config> const&
 std::vector<std::string> compiled_rows() {
   std::vector<std::string> names;
   if (!cuda_archs().empty()) {
+    std::vector<int> const& archs = cuda_archs();
+    if (std::find(archs.begin(), archs.end(), 90) != archs.end()) {
+      append_compiled(names, sm90_forward_rows());
+    }
     append_compiled(names, forward_rows());
     append_compiled(names, backward_rows());
   }

@@ -5,6 +5,7 @@
 #include "binding/calls.h"
 #include "binding/cuda_device.h"
 #include "sm80/launch.h"
+#include "sm90/launch.h"
 
 namespace flash::binding {
 namespace {
@@ -19,8 +20,14 @@ std::tuple<Tensor, Tensor> forward_cuda(Tensor const& q, Tensor const& k, Tensor
   ForwardCall const call(q, k, v, {softmax_scale, window_left, window_right}, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   ForwardConfig const& config = device.forward_config(call.dtype, call.shape);
-  if (!call.is_empty()) {
-    sm80::forward(config, call.params, device.properties(), current_stream(device_index));
+  if (call.is_empty()) {
+    return {call.out, call.softmax_lse};
+  }
+  Stream const stream = current_stream(device_index);
+  if (auto const* const row = device.sm90_forward_config(call.dtype, call.params)) {
+    sm90::forward(*row, call.params, device.properties(), stream);
+  } else {
+    sm80::forward(config, call.params, device.properties(), stream);
   }
   return {call.out, call.softmax_lse};
 }
@@ -49,6 +56,10 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
 }
 
 }  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
+  m.impl("limit_kernel_family", TORCH_BOX(&limit_kernel_family));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward_cuda));

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <atomic>
 #include <climits>
 #include <cstdlib>
 #include <memory>
@@ -13,6 +14,7 @@
 
 #include "binding/build_info.h"
 #include "config/smem_limit.h"
+#include "sm90/launch.h"
 
 // Declared by torch's header only where torch itself is built with CUDA. Weak, so that this library
 // loads beside a CPU-only torch too.
@@ -23,6 +25,8 @@ namespace flash::binding {
 namespace {
 
 constexpr int kMaxDevices = 64;
+
+std::atomic<int> newest_family{90};
 
 void check_cuda(cudaError_t error, char const* what) {
   if (error != cudaSuccess) {
@@ -90,12 +94,15 @@ int usable_smem_bytes(int device_index, int arch) {
 CudaDevice::CudaDevice(int device_index)
     : compute_capability_(10 * attribute(cudaDevAttrComputeCapabilityMajor, device_index) +
                           attribute(cudaDevAttrComputeCapabilityMinor, device_index)),
-      properties_{.num_sms = attribute(cudaDevAttrMultiProcessorCount, device_index),
+      smem_bytes_(usable_smem_bytes(device_index, compiled_arch(compute_capability_))),
+      has_sm90_(compute_capability_ == 90 && compiled_arch(compute_capability_) == 90),
+      properties_{.index = device_index,
+                  .num_sms = attribute(cudaDevAttrMultiProcessorCount, device_index),
                   .l2_bytes = attribute(cudaDevAttrL2CacheSize, device_index)} {
-  int const smem_bytes = usable_smem_bytes(device_index, compiled_arch(compute_capability_));
   for (DType const dtype : {DType::kFp16, DType::kBf16}) {
     for (std::size_t step = 0; step < forward_[0].size(); ++step) {
-      KernelRequest const request{compute_capability_, dtype, int(step) * kHeadDimStep, smem_bytes};
+      KernelRequest const request{compute_capability_, dtype, int(step) * kHeadDimStep,
+                                  smem_bytes_};
       forward_[std::size_t(dtype)][step] = select_forward(request);
       backward_[std::size_t(dtype)][step] = select_backward(request);
     }
@@ -130,6 +137,24 @@ BackwardConfig const& CudaDevice::backward_config(DType dtype, Shape const& shap
   return find(backward_, "backward", dtype, shape);
 }
 
+Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
+                                                         ForwardParams const& params) const {
+  if (!has_sm90_ || newest_family.load(std::memory_order_relaxed) < 90) {
+    return nullptr;
+  }
+  Sm90ForwardConfig const* const row =
+      select_sm90_forward(dtype, params.shape, params.mask, smem_bytes_);
+  return row != nullptr && sm90::can_address(params, dtype) ? row : nullptr;
+}
+
+int64_t limit_kernel_family(int64_t arch) {
+  if (arch != 80 && arch != 90) {
+    throw std::invalid_argument("flash_attn: kernel family: expected 80 or 90, got " +
+                                std::to_string(arch));
+  }
+  return newest_family.exchange(int(arch));
+}
+
 CudaDevice const& cuda_device(int device_index) {
   static std::once_flag made[kMaxDevices];
   static std::unique_ptr<CudaDevice const> devices[kMaxDevices];
@@ -142,7 +167,7 @@ CudaDevice const& cuda_device(int device_index) {
   return *devices[device_index];
 }
 
-sm80::Stream current_stream(int device_index) {
+Stream current_stream(int device_index) {
   void* stream = nullptr;
   if (aoti_torch_get_current_cuda_stream == nullptr ||
       aoti_torch_get_current_cuda_stream(device_index, &stream) != 0) {

@@ -3,8 +3,8 @@
 
 #include <array>
 
+#include "config/device.h"
 #include "config/select.h"
-#include "sm80/launch.h"
 
 namespace flash::binding {
 
@@ -20,7 +20,10 @@ class CudaDevice {
   ForwardConfig const& forward_config(DType dtype, Shape const& shape) const;
   BackwardConfig const& backward_config(DType dtype, Shape const& shape) const;
 
-  sm80::Device const& properties() const { return properties_; }
+  /// The row of the sm90 family for the problem; null where the sm80 family has to serve it.
+  Sm90ForwardConfig const* sm90_forward_config(DType dtype, ForwardParams const& params) const;
+
+  Device const& properties() const { return properties_; }
 
  private:
   /// Selections by dtype (fp16, bf16) and head_dim / kHeadDimStep: a lookup in the hot path instead
@@ -33,7 +36,9 @@ class CudaDevice {
                      Shape const& shape) const;
 
   int compute_capability_;
-  sm80::Device properties_;
+  int smem_bytes_;  // that a thread block may use
+  bool has_sm90_;   // this build's machine code for the device has the sm90 family
+  Device properties_;
   Table<ForwardConfig> forward_;
   Table<BackwardConfig> backward_;
 };
@@ -42,6 +47,10 @@ class CudaDevice {
 CudaDevice const& cuda_device(int device_index);
 
 /// torch's current stream on the device.
-sm80::Stream current_stream(int device_index);
+Stream current_stream(int device_index);
+
+/// From now on no kernel family for GPUs newer than `arch` (80 or 90) serves a call: for tests and
+/// benchmarks of the older families. Returns what was set before; 90 is where it starts.
+int64_t limit_kernel_family(int64_t arch);
 
 }  // namespace flash::binding

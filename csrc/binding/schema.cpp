@@ -12,6 +12,7 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
       "Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, float softmax_scale, "
       "int window_left, int window_right, bool deterministic) -> Tensor softmax_d");
   m.def("build_info() -> str");
+  m.def("limit_kernel_family(int arch) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {

@@ -89,4 +89,30 @@ Selection<BackwardConfig> select_backward(KernelRequest const& request) {
   return select(backward_rows(), request);
 }
 
+std::vector<Sm90ForwardConfig> sm90_forward_rows() {
+  std::vector<Sm90ForwardConfig> rows;
+  append(rows, kSm90ForwardRows<DType::kBf16>);
+  append(rows, kSm90ForwardRows<DType::kFp16>);
+  return rows;
+}
+
+Sm90ForwardConfig const* select_sm90_forward(DType dtype, Shape const& shape, Mask mask,
+                                             int smem_bytes) {
+  if (dtype == DType::kFp32) {
+    return nullptr;
+  }
+  MaskClass const mask_class =
+      hides_any_key(mask, shape.seqlen_q, shape.seqlen_k) ? MaskClass::kBounded : MaskClass::kNone;
+  auto const& rows =
+      dtype == DType::kBf16 ? kSm90ForwardRows<DType::kBf16> : kSm90ForwardRows<DType::kFp16>;
+  for (Sm90ForwardConfig const& row : rows) {
+    if (row.mask == mask_class && shape.head_dim <= row.head_dim &&
+        shape.head_dim_v <= row.head_dim_v && shape.seqlen_q <= row.max_seqlen_q &&
+        row.smem_bytes() <= smem_bytes && is_compiled(row.name())) {
+      return &row;
+    }
+  }
+  return nullptr;
+}
+
 }  // namespace flash

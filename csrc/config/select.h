@@ -6,6 +6,7 @@
 
 #include "config/backward_config.h"
 #include "config/forward_config.h"
+#include "config/sm90_forward_config.h"
 
 namespace flash {
 
@@ -32,5 +33,13 @@ struct Selection {
 
 Selection<ForwardConfig> select_forward(KernelRequest const& request);
 Selection<BackwardConfig> select_backward(KernelRequest const& request);
+
+/// All rows of the sm90 family, compiled or not, dtype by dtype.
+std::vector<Sm90ForwardConfig> sm90_forward_rows();
+
+/// The row of the sm90 family for the problem on a GPU of compute capability 9.0; null if none
+/// serves it. Whether the copy engine can address the tensors is not its matter.
+Sm90ForwardConfig const* select_sm90_forward(DType dtype, Shape const& shape, Mask mask,
+                                             int smem_bytes);
 
 }  // namespace flash

@@ -34,6 +34,48 @@ void bind_selection(py::module_& module, char const* name) {
       .def_readonly("why_not", &Selection<Config>::why_not);
 }
 
+void bind_sm90_forward(py::module_& module) {
+  using Config = Sm90ForwardConfig;
+  py::enum_<MaskClass>(module, "MaskClass")
+      .value("none", MaskClass::kNone)
+      .value("bounded", MaskClass::kBounded);
+  py::class_<Config>(module, "Sm90ForwardConfig")
+      .def_property_readonly("name", [](Config const& row) { return std::string(row.name().text); })
+      .def_readonly("dtype", &Config::dtype)
+      .def_readonly("head_dim", &Config::head_dim)
+      .def_readonly("head_dim_v", &Config::head_dim_v)
+      .def_readonly("mask", &Config::mask)
+      .def_readonly("max_seqlen_q", &Config::max_seqlen_q)
+      .def_readonly("tile_m", &Config::tile_m)
+      .def_readonly("tile_n", &Config::tile_n)
+      .def_readonly("q_stages", &Config::q_stages)
+      .def_readonly("k_stages", &Config::k_stages)
+      .def_readonly("v_stages", &Config::v_stages)
+      .def_readonly("out_in_v", &Config::out_in_v)
+      .def_readonly("ping_pong", &Config::ping_pong)
+      .def_readonly("rows_in_turn", &Config::rows_in_turn)
+      .def_property_readonly("num_threads", &Config::num_threads)
+      .def_property_readonly("smem_bytes", &Config::smem_bytes)
+      .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
+  module.def("sm90_forward_rows", sm90_forward_rows);
+  module.def(
+      "select_sm90_forward",
+      [](DType dtype, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, Mask mask,
+         int smem_bytes) {
+        Shape const shape{.batch_size = 1,
+                          .seqlen_q = seqlen_q,
+                          .seqlen_k = seqlen_k,
+                          .num_heads = 1,
+                          .num_heads_k = 1,
+                          .head_dim = head_dim,
+                          .head_dim_v = head_dim_v};
+        return select_sm90_forward(dtype, shape, mask, smem_bytes);
+      },
+      py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("seqlen_q"),
+      py::arg("seqlen_k"), py::arg("head_dim"), py::arg("head_dim_v"), py::arg("mask"),
+      py::arg("smem_bytes"));
+}
+
 }  // namespace
 
 void bind_config(py::module_& module) {
@@ -48,6 +90,7 @@ void bind_config(py::module_& module) {
       .def_readonly("warps_n_dkv", &BackwardConfig::warps_n_dkv)
       .def_readonly("warps_m_dq", &BackwardConfig::warps_m_dq)
       .def_readonly("num_stages", &BackwardConfig::num_stages);
+  bind_sm90_forward(module);
   bind_selection<ForwardConfig>(module, "ForwardSelection");
   bind_selection<BackwardConfig>(module, "BackwardSelection");
   py::class_<KernelRequest>(module, "KernelRequest")

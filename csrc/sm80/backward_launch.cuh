@@ -1,6 +1,7 @@
 // Host side of the sm80 backward: three launches, workspace layout, choice of the row's kernel.
 #pragma once
 
+#include "config/compiled_rows.h"
 #include "device/launch.cuh"
 #include "sm80/backward_kernel.cuh"
 #include "sm80/backward_preprocess.cuh"

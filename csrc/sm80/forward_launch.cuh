@@ -1,6 +1,7 @@
 // Host side of the sm80 forward: grid, tile order, choice of the row's kernel.
 #pragma once
 
+#include "config/compiled_rows.h"
 #include "device/launch.cuh"
 #include "sm80/forward_kernel.cuh"
 #include "sm80/unit.h"

@@ -4,18 +4,10 @@
 #include <cstddef>
 
 #include "config/backward_config.h"
+#include "config/device.h"
 #include "config/forward_config.h"
 
 namespace flash::sm80 {
-
-/// Opaque cudaStream_t.
-using Stream = void*;
-
-/// What the kernels need to know of the device; queried once and kept by the caller.
-struct Device {
-  int num_sms;
-  int64_t l2_bytes;
-};
 
 /// Launches the kernel of `config`, a compiled row of the table. Throws std::runtime_error with the
 /// CUDA error's text when a launch fails.

@@ -1,0 +1,434 @@
+// A computing warpgroup: 64 query rows of each tile.
+#pragma once
+
+#include "arith/block_range.h"
+#include "device/tma.cuh"
+#include "device/wgmma.cuh"
+#include "sm90/forward_params.h"
+#include "sm90/forward_traits.cuh"
+#include "sm90/row_softmax.cuh"
+
+namespace flash::sm90 {
+
+template <class Traits>
+struct ForwardWarpgroup {
+  static constexpr Sm90ForwardConfig kConfig = Traits::kConfig;
+  static constexpr int kWarpgroups = Traits::kWarpgroups;
+  static constexpr int kFragmentsS = Traits::kTileN / 8;
+  static constexpr int kFragmentsO = kConfig.head_dim_v / 8;
+  static constexpr int kStepsP = Traits::kTileN / 16;
+  using TileQ = typename Traits::TileQ;
+  using TileK = typename Traits::TileK;
+  using TileV = typename Traits::TileV;
+  using TileOut = typename Traits::TileOut;
+  using SharedStorage = typename Traits::SharedStorage;
+  using Scores = float[kFragmentsS][4];
+
+  ForwardKernelParams const& params;
+  SharedStorage& shared;
+  int const warpgroup_idx;  // among the computing ones
+  float const scale_log2;
+  uint64_t const q_descriptor, k_descriptor, v_descriptor;  // of buffer 0
+  Ring<kConfig.q_stages> q;
+  Ring<kConfig.k_stages> k;
+  Ring<kConfig.v_stages> v;
+  Ring<kConfig.kWorkStages> work;
+  float acc_o[kFragmentsO][4];
+  uint32_t p[kStepsP][4];  // probabilities of the last key tile; their product with V is due
+  int has_output;          // 0 until a product with V has been issued for this tile
+  uint32_t out_stage;      // buffer of V that out leaves through
+  RowSoftmax softmax;
+
+  __device__ __forceinline__ ForwardWarpgroup(ForwardKernelParams const& params,
+                                              SharedStorage& shared, int warpgroup_idx)
+      : params(params),
+        shared(shared),
+        warpgroup_idx(warpgroup_idx),
+        scale_log2(params.problem.softmax_scale * kLog2E),
+        q_descriptor(wgmma_descriptor<TileQ>(smem_address(shared.q[0]))),
+        k_descriptor(wgmma_descriptor<TileK>(smem_address(shared.k[0]))),
+        v_descriptor(wgmma_descriptor<TileV>(smem_address(shared.v[0]))) {
+    for (int i = 0; i < warpgroup_idx; ++i) {
+      q.advance();
+    }
+  }
+
+  static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ int warp_idx() { return threadIdx.x / 32 % 4; }
+
+  // ---- Barriers ----
+
+  /// Between the two calls only this warpgroup issues products: its softmax then runs beside the
+  /// products of the others.
+  __device__ __forceinline__ void take_turn() {
+    if constexpr (kConfig.ping_pong) {
+      named_barrier_sync(1 + warpgroup_idx, 256);
+    }
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (kConfig.ping_pong) {
+      named_barrier_arrive(1 + (warpgroup_idx + 1) % kWarpgroups, 256);
+    }
+  }
+  /// With turns it is enough that the first warpgroup waits for K and V: its turn tells the others.
+  __device__ __forceinline__ bool waits_for_loads() const {
+    return !kConfig.ping_pong || warpgroup_idx == 0;
+  }
+
+  static __device__ __forceinline__ void wait(uint64_t& full, uint32_t phase) {
+    mbarrier_wait(smem_address(&full), phase);
+  }
+  static __device__ __forceinline__ void release(uint64_t& empty) {
+    if (lane_idx() == 0) {
+      mbarrier_arrive(smem_address(&empty));
+    }
+  }
+  __device__ __forceinline__ void wait_q() { wait(shared.q_full[q.stage], q.phase); }
+  __device__ __forceinline__ void wait_k() { wait(shared.k_full[k.stage], k.phase); }
+  __device__ __forceinline__ void wait_v() { wait(shared.v_full[v.stage], v.phase); }
+  /// The ring of Q advances in turn_over(), not here in a branch: its place stays a uniform value.
+  __device__ __forceinline__ void release_q() { release(shared.q_empty[q.stage]); }
+  __device__ __forceinline__ void release_k() {
+    release(shared.k_empty[k.stage]);
+    k.advance();
+  }
+  __device__ __forceinline__ void release_v() {
+    release(shared.v_empty[v.stage]);
+    v.advance();
+  }
+
+  // One lane reads a WorkTile, so that its own arrival tells that it has been read.
+
+  static __device__ __forceinline__ int from_lane_0(int value) {
+    return __shfl_sync(0xffffffffu, value, 0);
+  }
+  /// Waits for the next tile; true if there is one.
+  __device__ __forceinline__ bool has_next_tile() {
+    int m_block = 0;
+    if (lane_idx() == 0) {
+      wait(shared.work_full[work.stage], work.phase);
+      m_block = shared.work[work.stage].m_block;
+    }
+    return from_lane_0(m_block) >= 0;
+  }
+  /// The tile that has_next_tile() has seen.
+  __device__ __forceinline__ WorkTile take_tile() {
+    WorkTile tile{};
+    if (lane_idx() == 0) {
+      tile = shared.work[work.stage];
+      mbarrier_arrive(smem_address(&shared.work_empty[work.stage]));
+    }
+    work.advance();
+    return {from_lane_0(tile.m_block), from_lane_0(tile.head), from_lane_0(tile.batch),
+            from_lane_0(tile.n_min), from_lane_0(tile.n_max)};
+  }
+
+  // ---- Mask ----
+
+  /// First query row of this warp.
+  __device__ __forceinline__ int first_row(WorkTile const& tile) const {
+    return tile.m_block * Traits::kTileM + warpgroup_idx * 64 + warp_idx() * 16;
+  }
+  /// Key tiles that need no element mask in the rows of this warpgroup.
+  __device__ __forceinline__ BlockRange full_range(WorkTile const& tile) const {
+    Shape const& shape = params.problem.shape;
+    if constexpr (kConfig.mask == MaskClass::kNone) {
+      return {0, shape.seqlen_k / Traits::kTileN};
+    } else {
+      TileGrid const grid{64, Traits::kTileN, shape.seqlen_q, shape.seqlen_k, params.problem.mask};
+      return full_n_block_range(grid, tile.m_block * kWarpgroups + warpgroup_idx);
+    }
+  }
+  static __device__ __forceinline__ bool is_full(BlockRange const& full, int n_block) {
+    return n_block >= full.min && n_block < full.max;
+  }
+  __device__ __forceinline__ void mask(Scores& scores, WorkTile const& tile, int n_block) const {
+    Shape const& shape = params.problem.shape;
+    int const lane_col = n_block * Traits::kTileN + lane_idx() % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      KeyRange keys{0, shape.seqlen_k};
+      if constexpr (kConfig.mask == MaskClass::kBounded) {
+        keys = visible_keys(params.problem.mask, first_row(tile) + half * 8 + lane_idx() / 4,
+                            shape.seqlen_q, shape.seqlen_k);
+      }
+      mask_row(scores, half, keys.begin - lane_col, keys.end - lane_col);
+    }
+  }
+
+  // ---- Products ----
+
+  /// scores = Q K^T.
+  __device__ __forceinline__ void issue_scores(Scores& scores) {
+    uint64_t const a = q_descriptor + q.stage * descriptor_step(TileQ::kBytes);
+    uint64_t const b = k_descriptor + k.stage * descriptor_step(TileK::kBytes);
+#pragma unroll
+    for (int step = 0; step < kConfig.head_dim / 16; ++step) {
+      Wgmma<Traits::kTileN, kConfig.dtype>::template ss<false>(
+          scores, a + descriptor_step(columns_step<TileQ>(step)),
+          b + descriptor_step(columns_step<TileK>(step)), step > 0);
+    }
+    wgmma_commit();
+  }
+  /// O += P V.
+  __device__ __forceinline__ void issue_output() {
+    uint64_t const b = v_descriptor + v.stage * descriptor_step(TileV::kBytes);
+#pragma unroll
+    for (int step = 0; step < kStepsP; ++step) {
+      Wgmma<kConfig.head_dim_v, kConfig.dtype>::template rs<true>(
+          acc_o, p[step], b + descriptor_step(rows_step<TileV>(step)), step > 0 ? 1 : has_output);
+    }
+    wgmma_commit();
+    has_output = 1;
+  }
+  __device__ __forceinline__ void fence_operands() {
+    pin(acc_o);
+    pin(p);
+    wgmma_fence();
+  }
+  /// An accumulator fragment is an operand fragment of the next product. Only without products in
+  /// flight: ptxas serialises all of them if an operand is written beside one (C7513).
+  __device__ __forceinline__ void pack(Scores const& scores) {
+#pragma unroll
+    for (int step = 0; step < kStepsP; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float const* const pair = &scores[2 * step + i / 2][i % 2 * 2];
+        p[step][i] = pack2<kConfig.dtype>(pair[0], pair[1]);
+      }
+    }
+  }
+
+  // ---- Steps ----
+
+  /// Probabilities of the lane's rows [kFirst, kLast); true if O has to be scaled by `factor`,
+  /// which is rare. A branch right behind the maxima: ptxas (13.0) hoists a wait to the top of its
+  /// basic block, so without it the wait for P V, with which step() ends, stood before them. No
+  /// wait in the branch: the warps of a warpgroup must execute the same ones.
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ bool exponentiate_rows(Scores& scores, float (&factor)[2]) {
+    float tile_max[2];
+    bool has_grown = false;
+#pragma unroll
+    for (int half = kFirst; half < kLast; ++half) {
+      tile_max[half] = RowSoftmax::lane_max(scores, half);
+      has_grown |= softmax.has_grown(tile_max[half], half, scale_log2);
+    }
+    has_grown = __any_sync(0xffffffffu, has_grown);
+    if (has_grown) {
+#pragma unroll
+      for (int half = kFirst; half < kLast; ++half) {
+        factor[half] = softmax.raise(tile_max[half], half, scale_log2);
+      }
+    }
+#pragma unroll
+    for (int half = kFirst; half < kLast; ++half) {
+      softmax.exponentiate(scores, half, scale_log2);
+    }
+    return has_grown;
+  }
+
+  /// One key tile: its scores, beside the product of the last one's probabilities with V, and its
+  /// probabilities, beside the products of the other warpgroups.
+  __device__ __forceinline__ void step(WorkTile const& tile, int n_block, bool needs_mask) {
+    Scores scores;
+    if (waits_for_loads()) {
+      wait_k();
+    }
+    take_turn();
+    fence_operands();
+    issue_scores(scores);
+    if (waits_for_loads()) {
+      wait_v();
+    }
+    wgmma_fence();  // the spin between two products needs one, or ptxas adds it (C7519)
+    issue_output();
+    pass_turn();
+    wgmma_wait<1>();
+    pin(scores);
+    release_k();
+    if (n_block == tile.n_min) {
+      release_q();
+    }
+    if (kConfig.mask == MaskClass::kBounded && needs_mask) {
+      mask(scores, tile, n_block);
+    }
+    float factor[2] = {1.f, 1.f};
+    bool has_grown;
+    if constexpr (kConfig.rows_in_turn) {
+      has_grown = exponentiate_rows<0, 1>(scores, factor);
+      has_grown |= exponentiate_rows<1, 2>(scores, factor);
+    } else {
+      has_grown = exponentiate_rows<0, 2>(scores, factor);
+    }
+    pin(scores);
+    wgmma_wait<0>();
+    pin(acc_o);
+    release_v();
+    pack(scores);
+    if (has_grown) {
+      scale_row(acc_o, 0, factor[0]);
+      scale_row(acc_o, 1, factor[1]);
+    }
+  }
+
+  /// The first key tile's scores are complete: its probabilities, maxima and sums.
+  __device__ __forceinline__ void start(Scores& scores, WorkTile const& tile) {
+    release_k();
+    int const n_block = tile.n_max - 1;
+    if (n_block == tile.n_min) {
+      release_q();
+    }
+    if (!is_full(full_range(tile), n_block)) {
+      mask(scores, tile, n_block);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      softmax.start(scores, half);
+      softmax.exponentiate(scores, half, scale_log2);
+    }
+    pack(scores);
+    has_output = 0;
+  }
+
+  /// The first tile. There is one: no more thread blocks are launched than there are tiles.
+  __device__ __forceinline__ WorkTile begin() {
+    Scores scores;
+    has_next_tile();
+    wait_q();
+    wait_k();
+    take_turn();
+    wgmma_fence();
+    issue_scores(scores);
+    pass_turn();
+    WorkTile const tile = take_tile();
+    wgmma_wait<0>();
+    pin(scores);
+    start(scores, tile);
+    return tile;
+  }
+
+  /// The end of a tile, with the first scores of the next computed under its epilogue. False after
+  /// the last tile: its scores are those of whatever lies in the buffers, and not used.
+  __device__ __forceinline__ bool turn_over(WorkTile& tile) {
+    Scores scores;
+    bool const has_next = has_next_tile();
+#pragma unroll
+    for (int i = 0; i < kWarpgroups; ++i) {
+      q.advance();
+    }
+    wait_v();
+    take_turn();
+    fence_operands();
+    issue_output();
+    if (has_next) {
+      wait_q();
+      wait_k();
+    }
+    wgmma_fence();
+    issue_scores(scores);
+    pass_turn();
+    wgmma_wait<1>();
+    pin(acc_o);
+    release_v();
+    store(tile);
+    wgmma_wait<0>();
+    pin(scores);
+    if (!has_next) {
+      return false;
+    }
+    release_out();
+    tile = take_tile();
+    start(scores, tile);
+    return true;
+  }
+
+  // ---- Epilogue ----
+
+  /// Where this warp's rows of out wait for the copy engine.
+  __device__ __forceinline__ uint32_t acquire_out() {
+    if constexpr (kConfig.out_in_v) {
+#pragma unroll
+      for (int i = 0; i < kWarpgroups; ++i) {
+        wait_v();
+        if (i == warpgroup_idx) {
+          out_stage = v.stage;
+        } else {
+          release(shared.v_empty[v.stage]);
+        }
+        v.advance();
+      }
+      return smem_address(shared.v[out_stage]) + warp_idx() * TileOut::kBytes;
+    } else {
+      if (lane_idx() == 0) {
+        tma_store_wait_read();
+      }
+      __syncwarp();
+      return smem_address(shared.out.warp[warpgroup_idx * 4 + warp_idx()]);
+    }
+  }
+  __device__ __forceinline__ void release_out() {
+    if (kConfig.out_in_v && lane_idx() == 0) {
+      tma_store_wait_read();
+      mbarrier_arrive(smem_address(&shared.v_empty[out_stage]));
+    }
+  }
+
+  /// Normalises, writes softmax_lse, and stores out without waiting for the store.
+  __device__ __forceinline__ void store(WorkTile const& tile) {
+    Shape const& shape = params.problem.shape;
+    int const row = first_row(tile);
+    float* const softmax_lse = params.problem.softmax_lse +
+                               (int64_t(tile.batch) * shape.num_heads + tile.head) * shape.seqlen_q;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float const sum = quad_sum(softmax.row_sum[half]);
+      int const lane_row = row + 8 * half + lane_idx() / 4;
+      if (lane_idx() % 4 == 0 && lane_row < shape.seqlen_q) {
+        float const lse = fmaf(softmax.row_max[half], params.problem.softmax_scale, __logf(sum));
+        softmax_lse[lane_row] = sum == 0.f ? kInfinity : lse;
+      }
+      scale_row(acc_o, half, sum == 0.f ? 0.f : __fdividef(1.f, sum));
+    }
+    uint32_t const staged = acquire_out();
+    int const tile_row = lane_idx() % 16, tile_chunk = lane_idx() / 16;  // that this lane addresses
+    uint32_t const row_address = staged + tile_row * TileOut::kRowBytes;
+    uint32_t const chunk_offset = (tile_chunk ^ TileOut::swizzle(tile_row)) << 4;
+#pragma unroll
+    for (int n = 0; n < kFragmentsO; n += 2) {
+      stmatrix_x4(TileOut::moved(row_address, chunk_offset, 0, 8 * n),
+                  pack2<kConfig.dtype>(acc_o[n][0], acc_o[n][1]),
+                  pack2<kConfig.dtype>(acc_o[n][2], acc_o[n][3]),
+                  pack2<kConfig.dtype>(acc_o[n + 1][0], acc_o[n + 1][1]),
+                  pack2<kConfig.dtype>(acc_o[n + 1][2], acc_o[n + 1][3]));
+    }
+    fence_async_proxy();
+    __syncwarp();
+    if (lane_idx() == 0) {
+#pragma unroll
+      for (int col = 0; col < TileOut::kCols; col += TileOut::kBlockCols) {
+        tma_store(params.out, staged + col / TileOut::kBlockCols * TileOut::kBlockBytes, col, row,
+                  tile.head, tile.batch);
+      }
+      tma_store_commit();
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    if (kConfig.ping_pong && warpgroup_idx == kWarpgroups - 1) {
+      named_barrier_arrive(1, 256);
+    }
+    WorkTile tile = begin();
+    do {
+      BlockRange const full = full_range(tile);
+      for (int n_block = tile.n_max - 2; n_block >= tile.n_min; --n_block) {
+        step(tile, n_block, !is_full(full, n_block));
+      }
+    } while (turn_over(tile));
+    if (lane_idx() == 0) {
+      tma_store_wait_read();
+    }
+  }
+};
+
+}  // namespace flash::sm90

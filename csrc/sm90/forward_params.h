@@ -1,0 +1,22 @@
+// What one sm90 forward launch is given.
+#pragma once
+
+#include <cuda.h>
+
+#include "arith/tile_order.h"
+#include "params.h"
+
+namespace flash::sm90 {
+
+/// The problem, the boxes that the copy engine fetches and stores, and who computes what.
+struct ForwardKernelParams {
+  ForwardParams problem;
+  CUtensorMap q;     // boxes of 64 rows
+  CUtensorMap k, v;  // boxes of tile_n rows
+  CUtensorMap out;   // boxes of 16 rows
+  TileOrder order;
+  int* tile_counter;  // [2], zero between launches: tiles drawn, thread blocks done. Null: tiles
+                      // are dealt out evenly instead of drawn
+};
+
+}  // namespace flash::sm90
