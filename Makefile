@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 export FLASH_ATTN_WERROR := 1
 
 .DEFAULT_GOAL := build
-.PHONY: demo test test-gpu bench env build host kernels kernel-table check format wheel clean
+.PHONY: demo test test-gpu sanitize bench env build host kernels kernel-table check format wheel clean
 
 demo: build
 	$(RUN) examples/train_gpt.py
@@ -26,6 +26,12 @@ test: build host
 
 test-gpu: build
 	$(RUN) -m pytest -m gpu tests
+
+# NVIDIA's compute-sanitizer comes with the CUDA toolkit.
+sanitize: build
+	for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) tests/run_sanitized.py > build/$$tool.txt \
+	    || { tail -40 build/$$tool.txt; exit 1; }; tail -1 build/$$tool.txt; done
 
 bench: build
 	$(RUN) -m benchmarks

@@ -1,0 +1,57 @@
+"""Small problems with ragged edges for every GPU kernel, to be run under compute-sanitizer.
+
+    compute-sanitizer --tool memcheck python tests/run_sanitized.py      # and racecheck, synccheck
+    compute-sanitizer --tool racecheck python tests/run_sanitized.py 90  # the forward of one family
+
+Prints one line for each problem; the results themselves are checked by the tests. `make sanitize`
+runs the three tools.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from flash_attn import flash_attn_func, ops
+
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 72))
+LENGTHS = ((1, 1), (129, 127), (193, 300))  # around tiles, several key tiles
+WINDOWS = ((-1, -1), (-1, 0), (50, 20))
+
+
+def run(
+    head_dims: tuple[int, int],
+    lengths: tuple[int, int],
+    window: tuple[int, int],
+    heads: int,
+    backward: bool,
+) -> None:
+    """`heads` decides whether a thread block gets several tiles."""
+    kind = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": backward}
+    q = torch.randn(1, lengths[0], heads, head_dims[0], **kind)
+    k = torch.randn(1, lengths[1], heads // 2, head_dims[0], **kind)
+    v = torch.randn(1, lengths[1], heads // 2, head_dims[1], **kind)
+    out = flash_attn_func(q, k, v, window_size=window)
+    if backward:
+        out.float().sum().backward()
+    torch.cuda.synchronize()
+
+
+def main() -> int:
+    one_family = [int(argument) for argument in sys.argv[1:]]
+    for family in one_family or (90, 80):
+        with ops.newest_kernel_family(family):
+            for head_dims, lengths, window in itertools.product(HEAD_DIMS, LENGTHS, WINDOWS):
+                heads = 280 if lengths == (1, 1) else 2
+                run(head_dims, lengths, window, heads, backward=not one_family)
+                print(f"sm{family} {head_dims} {lengths} {window}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
