@@ -6,9 +6,10 @@
     python -m benchmarks attention --json run.json --png run
     python -m benchmarks attention --from run.json --png run
 
-Contenders: ours; fa2, cudnn and sdpa, which are PyTorch's FlashAttention-2, PyTorch's cuDNN
-attention and whatever PyTorch picks itself; fa3 and fa4, FlashAttention-3 and -4, where a module
-peer_fa3 or flash_attn.cute can be imported.
+Contenders: ours; sm80, which is ours without the kernels of newer GPUs; fa2, cudnn and sdpa, which
+are PyTorch's FlashAttention-2, PyTorch's cuDNN attention and whatever PyTorch picks itself; fa3 and
+fa4, FlashAttention-3 and -4, where a module peer_fa3 or flash_attn.cute can be imported. "best" is
+the fastest of those that are not ours.
 
 Times are medians of interleaved rounds on random tensors; rounds end once every median is known to
 half a percent. The results of every contender are checked against an fp32 reference in the same
@@ -49,7 +50,7 @@ def prepare(
     contender: Contender,
     pass_name: str,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    causal: bool,
+    problem: Problem,
 ) -> tuple[Call, dict[str, Tensor]]:
     """The call to time and its checked results."""
     q, k, v, dout = tensors
@@ -58,10 +59,10 @@ def prepare(
 
         def forward() -> Tensor:
             with torch.no_grad():
-                return contender(q, k, v, causal)
+                return contender(q, k, v, problem)
 
         return forward, {"out": forward()}
-    out = contender(q, k, v, causal)
+    out = contender(q, k, v, problem)
 
     def backward() -> tuple[Tensor, ...]:
         return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
@@ -87,7 +88,7 @@ def measure(
     for name, contender in contenders.items():
         try:
             with contender.selected():
-                calls[name], results = prepare(contender, pass_name, tensors, problem.causal)
+                calls[name], results = prepare(contender, pass_name, tensors, problem)
             errors[name] = largest_error(problem, results, references)
             del results
         except (RuntimeError, ValueError, NotImplementedError) as error:

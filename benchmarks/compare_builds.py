@@ -73,9 +73,11 @@ def serve(module: str, device: str, dtype: str) -> int:
         request = json.loads(line)
         if "problem" in request:
             torch.manual_seed(0)
-            problem = Problem(**request["problem"])
+            problem = Problem(
+                **request["problem"] | {"window": tuple(request["problem"]["window"])}
+            )
             tensors = problem.tensors(device, getattr(torch, dtype))
-            call, _ = prepare(contender, request["pass_name"], tensors, problem.causal)
+            call, _ = prepare(contender, request["pass_name"], tensors, problem)
         print(clock.ms(call, request["iterations"]), flush=True)
     return 0
 

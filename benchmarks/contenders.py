@@ -18,18 +18,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class Contender:
-    """A differentiable function (q, k, v, causal) -> out of (batch, seqlen, heads, head_dim)
-    tensors; calls are made inside of selected()."""
+    """A differentiable function (q, k, v, problem) -> out of (batch, seqlen, heads, head_dim)
+    tensors, of whose problem it reads the mask; calls are made inside of selected()."""
 
-    attention: Callable[[Tensor, Tensor, Tensor, bool], Tensor]
-    backends: tuple[SDPBackend, ...] = ()  # that PyTorch is restricted to, if any are named
+    attention: Callable[[Tensor, Tensor, Tensor, Problem], Tensor]
+    # Entered around many calls, because entering may cost twice as much as a small call.
+    selected: Callable[[], AbstractContextManager[None]] = nullcontext
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        return self.attention(q, k, v, causal)
-
-    def selected(self) -> AbstractContextManager[None]:
-        """Entered around many calls, because entering costs twice as much as a small call."""
-        return sdpa_kernel(list(self.backends)) if self.backends else nullcontext()
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        return self.attention(q, k, v, problem)
 
 
 # Error norm relative to the result's norm, above which a contender counts as wrong. Rounding the
@@ -40,39 +37,58 @@ ERROR_BOUND = {torch.float32: 1e-4, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
 def sdpa(*backends: SDPBackend) -> Contender:
     """PyTorch's attention, restricted to the backends if any are named."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        if problem.window != (-1, -1):
+            raise NotImplementedError("no windows")
         grouped = q.shape[2] != k.shape[2]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=problem.causal, enable_gqa=grouped)
         return out.transpose(1, 2)
 
-    return Contender(attention, backends)
+    if not backends:
+        return Contender(attention)
+    return Contender(attention, lambda: sdpa_kernel(list(backends)))
 
 
-def ours() -> Contender:
+def with_mask(flash_attn_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function with the keyword arguments that FlashAttention's functions share."""
+    return lambda q, k, v, problem: flash_attn_func(
+        q, k, v, causal=problem.causal, window_size=problem.window
+    )
+
+
+def ours(newest_kernel_family: int | None = None) -> Contender:
     from flash_attn import flash_attn_func, ops
 
     if ops.load_error is not None:
         raise ImportError(ops.load_error)
-    return Contender(lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal))
+    attention = with_mask(flash_attn_func)
+    if newest_kernel_family is None:
+        return Contender(attention)
+    return Contender(attention, lambda: ops.newest_kernel_family(newest_kernel_family))
 
 
 def fa3() -> Contender:
     """FlashAttention-3 as a module `peer_fa3` on the path."""
     from peer_fa3 import flash_attn_func
 
-    return Contender(lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal))
+    return Contender(with_mask(flash_attn_func))
 
 
 def fa4() -> Contender:
     """FlashAttention-4, whose distribution adds its subpackage to our package's path."""
     from flash_attn.cute import flash_attn_func
 
-    return Contender(lambda q, k, v, causal: flash_attn_func(q, k, v, causal=causal)[0])
+    def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        window = tuple(None if bound < 0 else bound for bound in problem.window)
+        return flash_attn_func(q, k, v, causal=problem.causal, window_size=window)[0]
+
+    return Contender(attention)
 
 
 CONTENDERS: dict[str, Callable[[], Contender]] = {
     "ours": ours,
+    "sm80": lambda: ours(newest_kernel_family=80),
     "fa2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "fa3": fa3,
@@ -95,22 +111,26 @@ def load(names: list[str]) -> tuple[dict[str, Contender], dict[str, str]]:
 
 
 def reference(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool, rows: int = 2048
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, problem: Problem, rows: int = 2048
 ) -> dict[str, Tensor]:
     """out, dq, dk, dv of one key head in fp32: q, dout (seqlen_q, heads, head_dim), k, v (seqlen_k,
-    head_dim). Goes through `rows` queries at a time."""
+    head_dim). Of the problem it reads the mask; goes through `rows` queries at a time."""
     q, k, v, dout = (x.float() for x in (q, k, v, dout))
     seqlen_q, num_heads, head_dim = q.shape
     scale = 1 / math.sqrt(head_dim)
-    out, dq, dk, dv = (torch.zeros_like(x) for x in (q, q, k, v))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
+    left, right = problem.window[0], 0 if problem.causal else problem.window[1]
     columns = torch.arange(len(k), device=q.device)
     for head in range(num_heads):
         for start in range(0, seqlen_q, rows):
             part = slice(start, start + rows)
             scores = scale * q[part, head] @ k.T
-            if causal:
-                last = torch.arange(start, start + len(scores), device=q.device) + len(k) - seqlen_q
-                scores.masked_fill_(columns > last[:, None], -math.inf)
+            row = torch.arange(start, start + len(scores), device=q.device)[:, None]
+            distance = columns - (row + len(k) - seqlen_q)
+            if left >= 0:
+                scores.masked_fill_(distance < -left, -math.inf)
+            if right >= 0:
+                scores.masked_fill_(distance > right, -math.inf)
             p = scores.softmax(-1)
             out[part, head] = p @ v
             dp = dout[part, head] @ v.T
@@ -129,7 +149,7 @@ def sampled_references(
     with torch.no_grad():
         return [
             (b, h, reference(q[b, :, query_heads(problem, h)], k[b, :, h], v[b, :, h],
-                             dout[b, :, query_heads(problem, h)], problem.causal))
+                             dout[b, :, query_heads(problem, h)], problem))
             for b, h in sorted(ends)
         ]  # fmt: skip
 

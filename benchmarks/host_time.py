@@ -23,25 +23,26 @@ from pathlib import Path
 import torch
 from contenders import Contender, load
 from options import make_parser
+from problems import Problem
 from timing import Call
 from torch import Tensor
 
 MODES = ("no grad", "forward with grad", "forward + backward")
 
 
-def call_of(contender: Contender, mode: str, tensors: tuple[Tensor, ...], causal: bool) -> Call:
+def call_of(contender: Contender, mode: str, tensors: tuple[Tensor, ...], problem: Problem) -> Call:
     q, k, v, dout = tensors
     if mode == "no grad":
         inputs = [x.detach() for x in (q, k, v)]
 
         def without_grad() -> Tensor:
             with torch.no_grad():
-                return contender(*inputs, causal)
+                return contender(*inputs, problem)
 
         return without_grad
     if mode == "forward with grad":
-        return lambda: contender(q, k, v, causal)
-    return lambda: torch.autograd.grad(contender(q, k, v, causal), (q, k, v), dout)
+        return lambda: contender(q, k, v, problem)
+    return lambda: torch.autograd.grad(contender(q, k, v, problem), (q, k, v), dout)
 
 
 def host_us(contender: Contender, call: Call, iterations: int, on_gpu: bool) -> tuple[float, float]:
@@ -68,7 +69,7 @@ def times_of(
     """Median microseconds and queued share of every contender, and why those without have none."""
     on_gpu, calls, failures = args.device == "cuda", {}, {}
     for name, contender in contenders.items():
-        call = call_of(contender, mode, tensors, args.causal)
+        call = call_of(contender, mode, tensors, args.problem)
         try:
             host_us(contender, call, 10, on_gpu)  # the first calls compile, plan and allocate
             calls[name] = call
@@ -111,16 +112,17 @@ def main(arguments: list[str]) -> int:
     args = parse(arguments)
     on_gpu = args.device == "cuda"
     names = args.contenders or ("ours,fa2,cudnn,fa3" if on_gpu else "ours,sdpa")
-    shape = (1, args.seqlen or 128, 2, 64) if on_gpu else (1, args.seqlen or 8, 1, 16)
+    seqlen, heads, head_dim = (args.seqlen or 128, 2, 64) if on_gpu else (args.seqlen or 8, 1, 16)
+    args.problem = Problem(1, seqlen, seqlen, heads, heads, head_dim, causal=args.causal)
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    q, k, v, dout = (torch.randn(shape, device=args.device, dtype=dtype) for _ in range(4))
-    tensors = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout)
+    tensors = args.problem.tensors(args.device, dtype)
     contenders, why_not = load(names.split(","))
     for name, reason in why_not.items():
         print(f"without {name}: {reason[:150]}")
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
+    what = f"{args.problem.name()} {str(dtype)[6:]}"
     lines = [
-        f"{where}, torch {torch.__version__}, q {shape} {str(dtype)[6:]}; microseconds a call",
+        f"{where}, torch {torch.__version__}, {what}; microseconds a call",
         line_of("", {name: name for name in contenders}, contenders),
     ]
     result: dict[str, dict[str, float]] = {}

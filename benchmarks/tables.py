@@ -9,12 +9,13 @@ from typing import Any
 
 Row = dict[str, Any]
 
-BEST = "best"  # stands for the fastest right contender of each row
+BEST = "best"  # stands for the fastest right contender of each row that is not ours
+OURS = ("ours", "sm80")
 
 
 def best_other(row: Row) -> str | None:
     """Fastest contender beside ours that gave a right result."""
-    others = {n: t for n, t in row["tflops"].items() if n != "ours" and n not in row["wrong"]}
+    others = {n: t for n, t in row["tflops"].items() if n not in OURS and n not in row["wrong"]}
     return max(others, key=lambda name: others[name]) if others else None
 
 
@@ -36,9 +37,9 @@ def text_of(value: float | None, form: str, width: int) -> str:
 
 
 def others_of(contenders: list[str]) -> list[str]:
-    """What ours is compared with: every other contender, and the best if there are several."""
+    """What ours is compared with: every other contender, and the best peer if there are several."""
     others = [name for name in contenders if name != "ours"]
-    return [*others, BEST] if len(others) > 1 else others
+    return [*others, BEST] if len([name for name in others if name not in OURS]) > 1 else others
 
 
 def header(contenders: list[str]) -> str:

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from flash_attn.reference import visible_keys
+
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -66,20 +68,36 @@ def test_paper_grid_keeps_tokens_and_width() -> None:
     assert sum(problem.causal for problem in problems) == 18
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rows", [5, 64])
-def test_reference_is_what_autograd_gives(causal: bool, rows: int) -> None:
-    from contenders import reference
+MASKS = [(False, (-1, -1)), (True, (-1, -1)), (False, (3, 5)), (True, (4, 4)), (False, (-1, 2))]
 
-    q, dout = (torch.randn(24, 3, 16) for _ in range(2))
-    k, v = (torch.randn(24, 16) for _ in range(2))
+
+@pytest.mark.parametrize(("causal", "window"), MASKS)
+def test_visible_pairs_of_a_window(causal: bool, window: tuple[int, int]) -> None:
+    from problems import Problem
+
+    problem = Problem(1, 20, 31, 1, 1, 8, causal=causal, window=window)
+    pairs = int(visible_keys(20, 31, causal, window).sum())
+    if window == (-1, -1):  # half of all pairs counts as causal
+        pairs = 20 * 31 // (1 + causal)
+    assert problem.visible_pairs() == pairs
+    assert problem.flop("fwd") == 2 * pairs * (8 + 8)
+
+
+@pytest.mark.parametrize(("causal", "window"), MASKS)
+@pytest.mark.parametrize("rows", [5, 64])
+def test_reference_is_what_autograd_gives(causal: bool, window: tuple[int, int], rows: int) -> None:
+    from contenders import reference
+    from problems import Problem
+
+    q, k, v, dout = (torch.randn(24, *rest) for rest in ((3, 16), (16,), (8,), (3, 8)))
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
     heads = [x.unsqueeze(1).expand(-1, 3, -1) if x.dim() == 2 else x for x in inputs]
     out = F.scaled_dot_product_attention(
-        *(x.transpose(0, 1) for x in heads), is_causal=causal
+        *(x.transpose(0, 1) for x in heads), attn_mask=visible_keys(24, 24, causal, window)
     ).transpose(0, 1)
     out.backward(dout)
-    result = reference(q, k, v, dout, causal, rows=rows)
+    problem = Problem(1, 24, 24, 3, 1, 16, causal=causal, window=window, head_dim_v=8)
+    result = reference(q, k, v, dout, problem, rows=rows)
     for got, want in zip(result.values(), (out, *(x.grad for x in inputs)), strict=True):
         torch.testing.assert_close(got, want)
 
@@ -218,8 +236,8 @@ def test_wrong_and_failing_contenders_are_found() -> None:
     right = sdpa()
     contenders = {
         "ours": right,
-        "scaled": Contender(lambda q, k, v, causal: right(1.1 * q, k, v, causal)),
-        "nan": Contender(lambda q, k, v, causal: right(q, k, v, causal) * math.nan),
+        "scaled": Contender(lambda q, k, v, problem: right(1.1 * q, k, v, problem)),
+        "nan": Contender(lambda q, k, v, problem: right(q, k, v, problem) * math.nan),
         "fails": Contender(fails),
     }
     problem = Problem(1, 40, 40, 4, 2, 16, causal=True)
