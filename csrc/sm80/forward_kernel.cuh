@@ -151,7 +151,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   for (int n_block = visible.max - 1; n_block >= visible.min; --n_block) {
     cp_async_wait<0>();
     __syncthreads();  // K[n] is there; every warp is done with V[n + 1]
-    copy_tile(params.v, shape.head_dim_v, Traits::kSmemV, n_block);
+    // The kernel without a register to spare spilled 12 bytes on sm_80 for V's address.
+    int const v_block = kConfig.late_copy ? fresh(n_block) : n_block;
+    copy_tile(params.v, shape.head_dim_v, Traits::kSmemV, v_block);
 
     float acc_s[Traits::kPiecesM][2 * Traits::kPiecesN][4];
     warp.scores(acc_s);
