@@ -44,6 +44,17 @@ __device__ __forceinline__ void load_tile(CUtensorMap const& map, char* buffers,
   ring.advance();
 }
 
+/// Copies the key tiles that `tile` sees, the last first.
+template <class Tile, int kStages>
+__device__ __forceinline__ void load_keys(CUtensorMap const& map, char* buffers, uint64_t* full,
+                                          uint64_t* empty, Ring<kStages>& ring,
+                                          WorkTile const& tile, int head_k) {
+#pragma unroll 1
+  for (int n_block = tile.n_max - 1; n_block >= tile.n_min; --n_block) {
+    load_tile<Tile>(map, buffers, full, empty, ring, n_block * Tile::kRows, head_k, tile.batch);
+  }
+}
+
 /// The next tile is drawn once this one's K has been requested. Drawn a whole tile earlier, thread
 /// blocks part further from the order of tiles, and K and V from L2: 10 % at head dim 256.
 template <class Traits>
@@ -63,12 +74,8 @@ __device__ __forceinline__ void load_k(ForwardKernelParams const& params,
     if (tile.m_block < 0) {
       break;
     }
-    int const head_k = tile.head / group_size;
-#pragma unroll 1
-    for (int n_block = tile.n_max - 1; n_block >= tile.n_min; --n_block) {
-      load_tile<typename Traits::TileK>(params.k, shared.k[0], shared.k_full, shared.k_empty, k,
-                                        n_block * Traits::kTileN, head_k, tile.batch);
-    }
+    load_keys<typename Traits::TileK>(params.k, shared.k[0], shared.k_full, shared.k_empty, k, tile,
+                                      tile.head / group_size);
     tile_idx = params.tile_counter == nullptr ? tile_idx + int(gridDim.x)
                                               : int(gridDim.x) + atomicAdd(params.tile_counter, 1);
   }
@@ -120,12 +127,8 @@ __device__ __forceinline__ void load_v(ForwardKernelParams const& params,
   int const group_size = params.problem.shape.query_heads_per_key_head();
   Ring<kConfig.v_stages> v;
   for_each_tile<Traits>(shared, [&](WorkTile const& tile) {
-    int const head_k = tile.head / group_size;
-#pragma unroll 1
-    for (int n_block = tile.n_max - 1; n_block >= tile.n_min; --n_block) {
-      load_tile<typename Traits::TileV>(params.v, shared.v[0], shared.v_full, shared.v_empty, v,
-                                        n_block * Traits::kTileN, head_k, tile.batch);
-    }
+    load_keys<typename Traits::TileV>(params.v, shared.v[0], shared.v_full, shared.v_empty, v, tile,
+                                      tile.head / group_size);
     if constexpr (Traits::kConfig.out_in_v) {
       // One empty buffer for each computing warpgroup's rows of out.
       for (int i = 0; i < Traits::kWarpgroups; ++i) {
