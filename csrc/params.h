@@ -41,6 +41,12 @@ struct Shape {
   int head_dim_v;
 
   FLASH_HD constexpr int query_heads_per_key_head() const { return num_heads / num_heads_k; }
+
+  /// Bytes of K and V that fall to each query head: those of a group share theirs.
+  FLASH_HD constexpr int64_t kv_bytes_per_query_head(DType dtype) const {
+    return int64_t(seqlen_k) * (head_dim + head_dim_v) * element_size(dtype) /
+           query_heads_per_key_head();
+  }
 };
 
 /// out = softmax(softmax_scale * q k^T, masked) v; softmax_lse = log sum exp of the scaled scores.

@@ -18,7 +18,7 @@ inline TileOrder backward_order(BackwardConfig const& config, BackwardParams con
   bool const causal = params.mask.window_right >= 0;
   int64_t const bytes_per_row = (shape.head_dim + shape.head_dim_v) * element_size(config.dtype) +
                                 shape.head_dim * int64_t(sizeof(float));
-  int64_t const bytes_per_head = shape.query_heads_per_key_head() * shape.seqlen_q * bytes_per_row;
+  int64_t const bytes_per_head = bytes_per_row * shape.query_heads_per_key_head() * shape.seqlen_q;
   return {ceil_div(shape.seqlen_k, config.tile_n), num_batch_heads,
           causal ? heads_per_section(bytes_per_head, device.l2_bytes / 2, num_batch_heads) : 1,
           false};

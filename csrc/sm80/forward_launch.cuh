@@ -15,8 +15,7 @@ inline TileOrder forward_order(ForwardConfig const& config, ForwardParams const&
   Shape const& shape = params.shape;
   int const num_batch_heads = shape.batch_size * shape.num_heads;
   bool const causal = params.mask.window_right >= 0;
-  int64_t const bytes_per_head = int64_t(shape.seqlen_k) * (shape.head_dim + shape.head_dim_v) *
-                                 element_size(config.dtype) / shape.query_heads_per_key_head();
+  int64_t const bytes_per_head = shape.kv_bytes_per_query_head(config.dtype);
   return {ceil_div(shape.seqlen_q, config.tile_m), num_batch_heads,
           causal ? heads_per_section(bytes_per_head, device.l2_bytes / 2, num_batch_heads) : 1,
           causal};

@@ -37,13 +37,12 @@ TileOrder forward_order(Sm90ForwardConfig const& config, ForwardParams const& pa
   TileOrder order{ceil_div(shape.seqlen_q, config.tile_m), shape.batch_size * shape.num_heads, 1,
                   params.mask.window_right >= 0};
   if (config.mask == MaskClass::kBounded) {
-    int64_t const bytes_per_head = int64_t(shape.seqlen_k) * (shape.head_dim + shape.head_dim_v) *
-                                   element_size(config.dtype) / shape.query_heads_per_key_head();
-    int const two_tiles_an_sm = ceil_div(2 * device.num_sms, order.num_blocks);
+    int64_t const bytes_per_head = shape.kv_bytes_per_query_head(config.dtype);
+    int const heads_of_two_tiles_an_sm = ceil_div(2 * device.num_sms, order.num_blocks);
     order.heads_per_section =
         heads_per_section(bytes_per_head, kSectionBytes, order.num_batch_heads);
-    order.first_in_last_section =
-        first_in_last_section(two_tiles_an_sm, order.heads_per_section, order.num_batch_heads);
+    order.first_in_last_section = first_in_last_section(
+        heads_of_two_tiles_an_sm, order.heads_per_section, order.num_batch_heads);
   }
   return order;
 }
