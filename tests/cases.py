@@ -266,3 +266,26 @@ LARGE = [
     Case("long_q", seqlen_q=66000 * 128, seqlen_k=9, batch=1, heads=1, heads_k=1, head_dim=8),
     Case("long_k", seqlen_q=9, seqlen_k=20_000, batch=1, heads=4, heads_k=2, head_dim=128),
 ]
+
+# Head dims, tile_m and tile_n of every tile of the sm90 forward.
+SM90_TILES = [
+    ((64, 64), (128, 128)),
+    ((64, 64), (192, 128)),
+    ((96, 96), (128, 128)),
+    ((96, 96), (192, 112)),
+    ((128, 128), (128, 128)),
+    ((192, 128), (128, 128)),
+    ((192, 192), (128, 80)),
+    ((256, 256), (128, 64)),
+]
+
+
+def sm90_lengths(tile: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """seqlen_q and seqlen_k around the edges of a tile, where its kernels serve them: those of 192
+    rows serve long sequences alone."""
+    skipped_m, skipped_n = (12, 18) if tile[0] == 192 else (0, 0)  # whole tiles before
+
+    def around(size: int, first: int) -> list[int]:
+        return [first + rest for rest in (1, size - 1, size, size + 1, 3 * size + 17)]
+
+    return around(tile[0], skipped_m * tile[0]), around(tile[1], skipped_n * tile[1])

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from cases import SM90_TILES, sm90_lengths
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -147,7 +148,7 @@ def test_a_refusal_names_every_row_and_its_reason(host: ModuleType, which: str) 
     assert "no kernel of this dtype" in fp32.why_not
 
 
-SM90_HEAD_DIMS = {(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)}
+SM90_HEAD_DIMS = {head_dims for head_dims, _ in SM90_TILES}
 
 
 def select_sm90(
@@ -175,6 +176,19 @@ def test_sm90_rows_are_unique_and_the_same_for_both_dtypes(host: ModuleType) -> 
     assert rows["bf16"] == rows["fp16"]
     assert len({row[:4] for row in rows["bf16"]}) == len(rows["bf16"])
     assert {row[:2] for row in rows["bf16"]} == SM90_HEAD_DIMS
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0)], ids=str)
+@pytest.mark.parametrize(("head_dims", "tile"), SM90_TILES, ids=str)
+def test_the_lengths_that_are_tested_reach_every_sm90_tile(
+    host: ModuleType, head_dims: tuple[int, int], tile: tuple[int, int], window: tuple[int, int]
+) -> None:
+    """With query rows before, at and after a tile's edge."""
+    tiles = {((r.head_dim, r.head_dim_v), (r.tile_m, r.tile_n)) for r in host.sm90_forward_rows()}
+    assert tiles == set(SM90_TILES)
+    for seqlen in sm90_lengths(tile)[0][1:4]:
+        row = select_sm90(host, seqlen=seqlen, head_dims=head_dims, window=window)
+        assert (row.tile_m, row.tile_n) == tile
 
 
 def test_every_sm90_row_serves_something(host: ModuleType) -> None:

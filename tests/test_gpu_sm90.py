@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from backends import GPU, in_gpu_dtypes
-from cases import Case, lay_out, make_inputs
+from cases import SM90_TILES, Case, lay_out, make_inputs, sm90_lengths
 from compare import assert_as_exact_as_torch, largest
 from torch import Tensor
 
@@ -30,17 +30,6 @@ pytestmark = [
     pytest.mark.skipif(not has_sm90(), reason="needs a Hopper GPU and a build with sm_90"),
 ]
 
-# Head dims, tile_m and tile_n of every tile in the table.
-TILES = [
-    ((64, 64), (128, 128)),
-    ((64, 64), (192, 128)),
-    ((96, 96), (128, 128)),
-    ((96, 96), (192, 112)),
-    ((128, 128), (128, 128)),
-    ((192, 128), (128, 128)),
-    ((192, 192), (128, 80)),
-    ((256, 256), (128, 64)),
-]
 WINDOWS = [(-1, -1), (-1, 0), (30, 20), (-1, 50), (70, -1), (0, 0)]
 
 
@@ -70,24 +59,21 @@ def check_forward(case: Case, dtype: torch.dtype, q_gain: float = 1.0) -> None:
     assert_as_exact_as_torch("softmax_lse", *lses, torch.float32, floor)
 
 
-def around(tile: int) -> tuple[int, ...]:
-    return (1, tile - 1, tile, tile + 1, 3 * tile + 17)
-
-
 @in_gpu_dtypes
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
-@pytest.mark.parametrize(("head_dims", "tile"), TILES, ids=str)
+@pytest.mark.parametrize(("head_dims", "tile"), SM90_TILES, ids=str)
 def test_lengths_around_the_tiles(
     head_dims: tuple[int, int], tile: tuple[int, int], window: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """Each pair of lengths, with more tiles than there are SMs in one of them."""
-    for seqlen_q, seqlen_k in itertools.product(around(tile[0]), around(tile[1])):
+    lengths_q, lengths_k = sm90_lengths(tile)
+    for seqlen_q, seqlen_k in itertools.product(lengths_q, lengths_k):
         case = Case(
             "around",
             batch=3,
             seqlen_q=seqlen_q,
             seqlen_k=seqlen_k,
-            heads=6 if seqlen_q < 3 * tile[0] else 24,
+            heads=24 if seqlen_q == 3 * tile[0] + 17 else 6,
             heads_k=2,
             head_dim=head_dims[0],
             head_dim_v=head_dims[1],
@@ -98,7 +84,7 @@ def test_lengths_around_the_tiles(
 
 @in_gpu_dtypes
 @pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
-@pytest.mark.parametrize("head_dims", dict(TILES), ids=str)
+@pytest.mark.parametrize("head_dims", dict(SM90_TILES), ids=str)
 def test_maxima_that_grow(head_dims: tuple[int, int], causal: bool, dtype: torch.dtype) -> None:
     """By far more than what is let pass without rescaling; long enough for the rows of 192."""
     shape = {"head_dim": head_dims[0], "head_dim_v": head_dims[1]}
@@ -156,7 +142,7 @@ def test_what_the_copy_engine_cannot_address_goes_to_the_older_family(layout: st
 
 @in_gpu_dtypes
 @pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
-@pytest.mark.parametrize(("head_dims", "tile"), TILES, ids=str)
+@pytest.mark.parametrize(("head_dims", "tile"), SM90_TILES, ids=str)
 def test_200_reruns_are_bit_equal(
     head_dims: tuple[int, int], tile: tuple[int, int], causal: bool, dtype: torch.dtype
 ) -> None:
