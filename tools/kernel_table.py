@@ -34,6 +34,10 @@ TABLES = {
         *("dtype", "head_dim", "head_dim_v", "mask", "max_seqlen_q", "tile_m", "tile_n"),
         *("q_stages", "k_stages", "v_stages", "out_in_v", "ping_pong", "rows_in_turn"),
     ),
+    "Sm90BackwardConfig": (
+        "sm90_backward_rows",
+        *("dtype", "head_dim", "head_dim_v", "tile_m", "tile_n"),
+    ),
 }
 CONFIG = re.compile(r"(\w+Config)\{([^{}]*)\}")
 

@@ -72,6 +72,7 @@ std::vector<std::string> compiled_rows() {
     std::vector<int> const& archs = cuda_archs();
     if (std::find(archs.begin(), archs.end(), 90) != archs.end()) {
       append_compiled(names, sm90_forward_rows());
+      append_compiled(names, sm90_backward_rows());
     }
     append_compiled(names, forward_rows());
     append_compiled(names, backward_rows());

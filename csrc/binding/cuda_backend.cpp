@@ -2,6 +2,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <climits>
+#include <stdexcept>
+#include <string>
+
 #include "binding/calls.h"
 #include "binding/cuda_device.h"
 #include "sm80/launch.h"
@@ -47,18 +51,39 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
     call.zero_gradients();
     return call.softmax_d;
   }
-  auto const workspace_bytes = int64_t(sm80::backward_workspace_bytes(config, call.shape));
-  Tensor const workspace = new_tensor(q, {workspace_bytes}, aoti_torch_dtype_uint8());
-  call.params.workspace = workspace.data_ptr();
-  sm80::backward(config, call.params, device.properties(), current_stream(device_index));
+  auto const run = [&](std::size_t workspace_bytes, auto const& launch) {
+    Tensor const workspace = new_tensor(q, {int64_t(workspace_bytes)}, aoti_torch_dtype_uint8());
+    call.params.workspace = workspace.data_ptr();
+    launch(current_stream(device_index));
+  };
+  if (auto const* const row = device.sm90_backward_config(call.dtype, call.params)) {
+    run(sm90::backward_workspace_bytes(*row, call.shape, device.properties()),
+        [&](Stream stream) {
+          sm90::backward(*row, call.params, device.properties(), stream);
+        });
+  } else {
+    run(sm80::backward_workspace_bytes(config, call.shape), [&](Stream stream) {
+      sm80::backward(config, call.params, device.properties(), stream);
+    });
+  }
   call.finish();
   return call.softmax_d;
+}
+
+/// For tests: sm90::limit_section().
+int64_t limit_backward_section(int64_t heads) {
+  if (heads < 1 || heads > INT_MAX) {
+    throw std::invalid_argument("flash_attn: heads: expected a positive int, got " +
+                                std::to_string(heads));
+  }
+  return sm90::limit_section(int(heads));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
   m.impl("limit_kernel_family", TORCH_BOX(&limit_kernel_family));
+  m.impl("limit_backward_section", TORCH_BOX(&limit_backward_section));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {

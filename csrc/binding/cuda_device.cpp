@@ -147,6 +147,15 @@ Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
   return row != nullptr && sm90::can_address(params, dtype) ? row : nullptr;
 }
 
+Sm90BackwardConfig const* CudaDevice::sm90_backward_config(DType dtype,
+                                                           BackwardParams const& params) const {
+  if (!has_sm90_ || newest_family.load(std::memory_order_relaxed) < 90) {
+    return nullptr;
+  }
+  Sm90BackwardConfig const* const row = select_sm90_backward(dtype, params.shape, smem_bytes_);
+  return row != nullptr && sm90::can_address(*row, params, properties_) ? row : nullptr;
+}
+
 int64_t limit_kernel_family(int64_t arch) {
   if (arch != 80 && arch != 90) {
     throw std::invalid_argument("flash_attn: kernel family: expected 80 or 90, got " +

@@ -22,6 +22,7 @@ class CudaDevice {
 
   /// The row of the sm90 family for the problem; null where the sm80 family has to serve it.
   Sm90ForwardConfig const* sm90_forward_config(DType dtype, ForwardParams const& params) const;
+  Sm90BackwardConfig const* sm90_backward_config(DType dtype, BackwardParams const& params) const;
 
   Device const& properties() const { return properties_; }
 

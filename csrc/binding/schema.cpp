@@ -13,6 +13,7 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
       "int window_left, int window_right, bool deterministic) -> Tensor softmax_d");
   m.def("build_info() -> str");
   m.def("limit_kernel_family(int arch) -> int");
+  m.def("limit_backward_section(int heads) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {

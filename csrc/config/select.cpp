@@ -115,4 +115,26 @@ Sm90ForwardConfig const* select_sm90_forward(DType dtype, Shape const& shape, Ma
   return nullptr;
 }
 
+std::vector<Sm90BackwardConfig> sm90_backward_rows() {
+  std::vector<Sm90BackwardConfig> rows;
+  append(rows, kSm90BackwardRows<DType::kBf16>);
+  append(rows, kSm90BackwardRows<DType::kFp16>);
+  return rows;
+}
+
+Sm90BackwardConfig const* select_sm90_backward(DType dtype, Shape const& shape, int smem_bytes) {
+  if (dtype == DType::kFp32) {
+    return nullptr;
+  }
+  auto const& rows =
+      dtype == DType::kBf16 ? kSm90BackwardRows<DType::kBf16> : kSm90BackwardRows<DType::kFp16>;
+  for (Sm90BackwardConfig const& row : rows) {
+    if (shape.head_dim <= row.head_dim && shape.head_dim_v <= row.head_dim_v &&
+        row.smem_bytes() <= smem_bytes && is_compiled(row.name())) {
+      return &row;
+    }
+  }
+  return nullptr;
+}
+
 }  // namespace flash

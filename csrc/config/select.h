@@ -6,6 +6,7 @@
 
 #include "config/backward_config.h"
 #include "config/forward_config.h"
+#include "config/sm90_backward_config.h"
 #include "config/sm90_forward_config.h"
 
 namespace flash {
@@ -41,5 +42,9 @@ std::vector<Sm90ForwardConfig> sm90_forward_rows();
 /// serves it. Whether the copy engine can address the tensors is not its matter.
 Sm90ForwardConfig const* select_sm90_forward(DType dtype, Shape const& shape, Mask mask,
                                              int smem_bytes);
+
+/// The same for the backward.
+std::vector<Sm90BackwardConfig> sm90_backward_rows();
+Sm90BackwardConfig const* select_sm90_backward(DType dtype, Shape const& shape, int smem_bytes);
 
 }  // namespace flash

@@ -32,6 +32,14 @@ void allow_shared_memory(int smem_bytes) {
   }
 }
 
+inline unsigned checked_grid(int64_t num_blocks) {
+  if (num_blocks > INT32_MAX) {
+    throw std::runtime_error("flash_attn: the problem has " + std::to_string(num_blocks) +
+                             " tiles, at most 2147483647 fit one launch");
+  }
+  return unsigned(num_blocks);
+}
+
 /// Launches kKernel on a one-dimensional grid; an empty grid launches nothing.
 template <auto kKernel, class... Args>
 void launch(int64_t num_blocks, int num_threads, int smem_bytes, void* stream,
@@ -39,14 +47,29 @@ void launch(int64_t num_blocks, int num_threads, int smem_bytes, void* stream,
   if (num_blocks == 0) {
     return;
   }
-  if (num_blocks > INT32_MAX) {
-    throw std::runtime_error("flash_attn: the problem has " + std::to_string(num_blocks) +
-                             " tiles, at most 2147483647 fit one launch");
-  }
+  unsigned const grid = checked_grid(num_blocks);
   allow_shared_memory<kKernel>(smem_bytes);
-  kKernel<<<unsigned(num_blocks), num_threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(
-      args...);
+  kKernel<<<grid, num_threads, smem_bytes, static_cast<cudaStream_t>(stream)>>>(args...);
   check_cuda(cudaGetLastError(), "kernel launch");
+}
+
+/// As launch(), but the kernel starts once all blocks of the stream's last kernel have called
+/// griddepcontrol.launch_dependents, and has to wait for that kernel's end itself
+/// (griddepcontrol.wait).
+template <auto kKernel, class... Args>
+void launch_early(int64_t num_blocks, int num_threads, int smem_bytes, void* stream,
+                  Args const&... args) {
+  allow_shared_memory<kKernel>(smem_bytes);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t const config{.gridDim = {checked_grid(num_blocks), 1, 1},
+                                  .blockDim = {unsigned(num_threads), 1, 1},
+                                  .dynamicSmemBytes = std::size_t(smem_bytes),
+                                  .stream = static_cast<cudaStream_t>(stream),
+                                  .attrs = &attribute,
+                                  .numAttrs = 1};
+  check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "kernel launch");
 }
 
 }  // namespace flash

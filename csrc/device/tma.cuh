@@ -1,4 +1,5 @@
-// Copies of boxes of a (batch, seqlen, heads, head_dim) tensor by Hopper's copy engine (TMA).
+// Hopper's copy engine (TMA): boxes of a (batch, seqlen, heads, head_dim) tensor, and plain runs of
+// bytes.
 #pragma once
 
 #include <cuda.h>
@@ -22,6 +23,23 @@ __device__ __forceinline__ void tma_load(uint32_t smem_address, CUtensorMap cons
       : "memory");
 }
 
+/// For what is read or written once: L2 gives it up first.
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+/// As tma_load(), with a policy for L2.
+__device__ __forceinline__ void tma_load(uint32_t smem_address, CUtensorMap const& map,
+                                         uint32_t barrier, int col, int row, int head, int batch,
+                                         uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem_address),
+      "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch), "l"(l2_policy)
+      : "memory");
+}
+
 /// Starts the copy of a box from shared memory; what lies outside of the tensor is not written.
 __device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_address, int col,
                                           int row, int head, int batch) {
@@ -31,12 +49,51 @@ __device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_
       "r"(smem_address), "r"(col), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
+/// As tma_store(), with a policy for L2.
+__device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_address, int col,
+                                          int row, int head, int batch, uint64_t l2_policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint "
+      "[%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(&map),
+      "r"(smem_address), "r"(col), "r"(row), "r"(head), "r"(batch), "l"(l2_policy)
+      : "memory");
+}
+
+/// Starts the copy of `bytes` bytes, a multiple of 16, to shared memory; they count towards the
+/// barrier's phase.
+__device__ __forceinline__ void bulk_load(uint32_t smem_address, void const* source,
+                                          uint32_t bytes, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(smem_address),
+      "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+/// Starts the addition of floats in shared memory to global memory.
+__device__ __forceinline__ void bulk_reduce_add(float* target, uint32_t smem_address,
+                                                uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   target),
+               "r"(smem_address), "r"(bytes)
+               : "memory");
+}
+
+/// Closes the group of stores and additions that this thread has started.
 __device__ __forceinline__ void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 /// Waits until the shared memory of this thread's stores may be written again.
 __device__ __forceinline__ void tma_store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+/// Waits until all but the last kPending groups of this thread are in global memory.
+template <int kPending>
+__device__ __forceinline__ void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+/// Orders this thread's accesses to global memory and those of the copy engine.
+__device__ __forceinline__ void fence_async_proxy_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 /// Makes this thread's writes to shared memory visible to the copy engine and the tensor cores.
 __device__ __forceinline__ void fence_async_proxy() {

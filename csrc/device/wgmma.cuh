@@ -24,6 +24,12 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
 constexpr uint64_t descriptor_step(int bytes) {
   return bytes / 16;
 }
+/// The descriptor of what lies `bytes` further. Only its low word changes, in which an address can't
+/// overflow: that spares an addition with carry between two products.
+__device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
+  uint32_t const low = uint32_t(descriptor) + uint32_t(bytes / 16);
+  return (descriptor & 0xffffffff00000000) | low;
+}
 /// Bytes to step k, of 16 columns, of an operand whose columns are K.
 template <class Tile>
 constexpr int columns_step(int k) {
@@ -72,8 +78,8 @@ __device__ __forceinline__ void pin(uint32_t (&operand)[kN][4]) {
   }
 }
 
-/// d = (accumulate ? d : 0) + a b. ss: a from shared memory, its columns are K; rs: a from
-/// registers. kRowsAreK: how b lies in shared memory.
+/// d = (accumulate ? d : 0) + a b. ss: a from shared memory, rs: from registers. kRowsAreK: how b
+/// lies in shared memory, kRowsOfAAreK: how a does.
 template <int kN, DType kDType>
 struct Wgmma;
 
@@ -99,13 +105,14 @@ struct Wgmma;
 #define FLASH_WGMMA(N, DTYPE, TYPE, R, i0, i1, i2, i3, i4, i5, i6, ...)                           \
   template <>                                                                                     \
   struct Wgmma<N, DType::DTYPE> {                                                                 \
-    template <bool kRowsAreK>                                                                     \
+    template <bool kRowsAreK, bool kRowsOfAAreK = false>                                          \
     static __device__ __forceinline__ void ss(float (&d)[N / 8][4], uint64_t a, uint64_t b,       \
                                               int accumulate) {                                   \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " i2 ", 0;\n"                                \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                \
-                   " {" R "}, " i0 ", " i1 ", p, 1, 1, 0, " i3 ";\n}\n"                           \
-                   : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate), "n"(int(kRowsAreK)));         \
+                   " {" R "}, " i0 ", " i1 ", p, 1, 1, " i4 ", " i3 ";\n}\n"                      \
+                   : __VA_ARGS__ : "l"(a), "l"(b), "r"(accumulate), "n"(int(kRowsAreK)),          \
+                     "n"(int(kRowsOfAAreK)));                                                     \
     }                                                                                             \
     template <bool kRowsAreK>                                                                     \
     static __device__ __forceinline__ void rs(float (&d)[N / 8][4], uint32_t const (&a)[4],       \

@@ -76,6 +76,29 @@ void bind_sm90_forward(py::module_& module) {
       py::arg("smem_bytes"));
 }
 
+void bind_sm90_backward(py::module_& module) {
+  using Config = Sm90BackwardConfig;
+  py::class_<Config>(module, "Sm90BackwardConfig")
+      .def_property_readonly("name", [](Config const& row) { return std::string(row.name().text); })
+      .def_readonly("dtype", &Config::dtype)
+      .def_readonly("head_dim", &Config::head_dim)
+      .def_readonly("head_dim_v", &Config::head_dim_v)
+      .def_readonly("tile_m", &Config::tile_m)
+      .def_readonly("tile_n", &Config::tile_n)
+      .def_property_readonly("num_threads", &Config::num_threads)
+      .def_property_readonly("smem_bytes", &Config::smem_bytes)
+      .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
+  module.def("sm90_backward_rows", sm90_backward_rows);
+  module.def(
+      "select_sm90_backward",
+      [](DType dtype, int head_dim, int head_dim_v, int smem_bytes) {
+        Shape const shape{.head_dim = head_dim, .head_dim_v = head_dim_v};
+        return select_sm90_backward(dtype, shape, smem_bytes);
+      },
+      py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("head_dim"),
+      py::arg("head_dim_v"), py::arg("smem_bytes"));
+}
+
 }  // namespace
 
 void bind_config(py::module_& module) {
@@ -91,6 +114,7 @@ void bind_config(py::module_& module) {
       .def_readonly("warps_m_dq", &BackwardConfig::warps_m_dq)
       .def_readonly("num_stages", &BackwardConfig::num_stages);
   bind_sm90_forward(module);
+  bind_sm90_backward(module);
   bind_selection<ForwardConfig>(module, "ForwardSelection");
   bind_selection<BackwardConfig>(module, "BackwardSelection");
   py::class_<KernelRequest>(module, "KernelRequest")

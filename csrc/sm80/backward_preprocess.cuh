@@ -1,8 +1,7 @@
 // The two small kernels around the main backward kernel.
 #pragma once
 
-#include "device/copy.cuh"
-#include "device/element.cuh"
+#include "device/softmax_d.cuh"
 #include "sm80/backward_workspace.cuh"
 
 namespace flash::sm80 {
@@ -24,42 +23,11 @@ __global__ void __launch_bounds__(kSideThreads)
   int const batch = batch_head / shape.num_heads, head = batch_head % shape.num_heads;
   int const row = block * kRowsPerBlock + threadIdx.x / 8;
 
-  float sum = 0.f;
-  if (row < shape.seqlen_q) {
-    GlobalRows const out(params.out, batch, head, shape.seqlen_q, shape.head_dim_v);
-    GlobalRows const dout(params.dout, batch, head, shape.seqlen_q, shape.head_dim_v);
-    for (int col = threadIdx.x % 8 * 8; col < shape.head_dim_v; col += 64) {
-      uint4 const a = *reinterpret_cast<uint4 const*>(out.ptr + row * out.row_bytes + col * 2);
-      uint4 const b = *reinterpret_cast<uint4 const*>(dout.ptr + row * dout.row_bytes + col * 2);
-      auto add_pair = [&](uint32_t x, uint32_t y) {
-        float2 const o = unpack2<kDType>(x), d = unpack2<kDType>(y);
-        sum = fmaf(o.x, d.x, fmaf(o.y, d.y, sum));
-      };
-      add_pair(a.x, b.x);
-      add_pair(a.y, b.y);
-      add_pair(a.z, b.z);
-      add_pair(a.w, b.w);
-    }
-  }
-  for (int distance = 1; distance < 8; distance *= 2) {
-    sum += __shfl_xor_sync(0xffffffffu, sum, distance);
-  }
+  RowStatistics const statistics = row_statistics<kDType>(params, batch, head, row);
   if (threadIdx.x % 8 == 0) {
-    float lse = kInfinity;
-    if (row < shape.seqlen_q) {
-      int64_t const idx = int64_t(batch_head) * shape.seqlen_q + row;
-      lse = params.softmax_lse[idx];
-      if (params.dlse != nullptr) {
-        sum -= params.dlse[idx];
-      }
-      // A row without visible keys has gradient 0 whatever comes in for it.
-      if (lse == kInfinity) {
-        sum = 0.f;
-      }
-    }
     int64_t const idx = int64_t(batch_head) * rows + row;
-    params.softmax_d[idx] = sum;
-    workspace.row_stats[idx] = {lse * kLog2E, -sum};
+    params.softmax_d[idx] = statistics.softmax_d;
+    workspace.row_stats[idx] = {statistics.lse * kLog2E, -statistics.softmax_d};
   }
 
   int const chunks = kRowsPerBlock * workspace.head_dim / 4;

@@ -63,8 +63,4 @@ struct ForwardTraits {
   static_assert(kTileN % 16 == 0 && kTileN <= 128, "one 32-bit mask a row, whole steps of P V");
 };
 
-__device__ __forceinline__ uint32_t smem_address(void const* pointer) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-}
-
 }  // namespace flash::sm90

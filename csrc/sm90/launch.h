@@ -1,7 +1,10 @@
-// Host entry points of the sm90 family.
+// Host entry points of the sm90 family. What it can't address goes to the sm80 family.
 #pragma once
 
+#include <cstddef>
+
 #include "config/device.h"
+#include "config/sm90_backward_config.h"
 #include "config/sm90_forward_config.h"
 
 namespace flash::sm90 {
@@ -14,5 +17,23 @@ bool can_address(ForwardParams const& params, DType dtype);
 /// Throws std::runtime_error with the CUDA error's text when a launch fails.
 void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Device const& device,
              Stream stream);
+
+/// As for the forward; and tiles must be few enough to be numbered by ints.
+bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
+                 Device const& device);
+
+/// Bytes of BackwardParams::workspace: fp32 dq sums of the heads that are worked on at a time (two
+/// sections of 16 MB, or of one head where that is more, and never more than all of dq), a float
+/// per query row and two counters per query tile.
+std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, Shape const& shape,
+                                     Device const& device);
+
+/// Gradients in two launches: softmax_d (and a cleared workspace), and the main kernel.
+void backward(Sm90BackwardConfig const& config, BackwardParams const& params, Device const& device,
+              Stream stream);
+
+/// At most this many key heads a section from now on: with few of them every wait for sums happens,
+/// which is for tests. Returns what was set before; INT_MAX is where it starts.
+int limit_section(int heads);
 
 }  // namespace flash::sm90

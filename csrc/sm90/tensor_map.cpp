@@ -49,7 +49,16 @@ bool is_addressable(TensorView const& view) {
          is_addressable_stride(stride_bytes(tensor.batch_stride, view.batch_size, view.dtype));
 }
 
-CUtensorMap make_tensor_map(TensorView const& view, int rows, int cols) {
+void make_context_current(int device_index) {
+  // The runtime makes one current only when it needs it itself.
+  thread_local bool const has_context = cudaSetDevice(device_index) == cudaSuccess;
+  if (!has_context) {
+    throw std::runtime_error("flash_attn: cudaSetDevice failed");
+  }
+}
+
+CUtensorMap make_tensor_map(TensorView const& view, int rows, int kernel_cols) {
+  int const cols = kernel_cols % 64 == 0 ? 64 : 32;
   Strided const& tensor = view.tensor;
   cuuint64_t const sizes[4] = {cuuint64_t(view.head_dim), cuuint64_t(view.seqlen),
                                cuuint64_t(view.num_heads), cuuint64_t(view.batch_size)};

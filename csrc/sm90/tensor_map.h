@@ -18,8 +18,12 @@ struct TensorView {
 /// tensor is empty.
 bool is_addressable(TensorView const& view);
 
-/// Boxes of `rows` rows and `cols` columns of one head, whose rows are swizzled by their length.
-/// What lies outside of the tensor is read as zero. Throws if the driver refuses.
-CUtensorMap make_tensor_map(TensorView const& view, int rows, int cols);
+/// Makes a context of the device current in this thread, which make_tensor_map() asks for.
+void make_context_current(int device_index);
+
+/// Boxes of `rows` rows of one head, and of the columns of a column block of the kernel's tile
+/// (SmemTile) of kernel_cols columns, by whose length rows are swizzled. What lies outside of the
+/// tensor is read as zero. Throws if the driver refuses.
+CUtensorMap make_tensor_map(TensorView const& view, int rows, int kernel_cols);
 
 }  // namespace flash::sm90

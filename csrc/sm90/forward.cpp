@@ -1,9 +1,5 @@
 #include "sm90/launch.h"
 
-#include <cuda_runtime_api.h>
-
-#include <stdexcept>
-
 #include "config/compiled_rows.h"
 #include "sm90/tensor_map.h"
 #include "sm90/tile_counter.h"
@@ -47,11 +43,6 @@ TileOrder forward_order(Sm90ForwardConfig const& config, ForwardParams const& pa
   return order;
 }
 
-/// Columns of a box: those of a column block of the shared-memory tile (SmemTile).
-int box_cols(int head_dim) {
-  return head_dim % 64 == 0 ? 64 : 32;
-}
-
 }  // namespace
 
 bool can_address(ForwardParams const& params, DType dtype) {
@@ -62,18 +53,14 @@ bool can_address(ForwardParams const& params, DType dtype) {
 
 void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Device const& device,
              Stream stream) {
-  // Encoding asks for a context in this thread, which the runtime makes current only when needed.
-  thread_local bool const has_context = cudaSetDevice(device.index) == cudaSuccess;
-  if (!has_context) {
-    throw std::runtime_error("flash_attn: cudaSetDevice failed");
-  }
+  make_context_current(device.index);
   Views const views = views_of(params, config.dtype);
-  int const cols = box_cols(config.head_dim), cols_v = box_cols(config.head_dim_v);
+  int const dim = config.head_dim, dim_v = config.head_dim_v;
   ForwardKernelParams const kernel_params{.problem = params,
-                                          .q = make_tensor_map(views.q, 64, cols),
-                                          .k = make_tensor_map(views.k, config.tile_n, cols),
-                                          .v = make_tensor_map(views.v, config.tile_n, cols_v),
-                                          .out = make_tensor_map(views.out, 16, cols_v),
+                                          .q = make_tensor_map(views.q, 64, dim),
+                                          .k = make_tensor_map(views.k, config.tile_n, dim),
+                                          .v = make_tensor_map(views.v, config.tile_n, dim_v),
+                                          .out = make_tensor_map(views.out, 16, dim_v),
                                           .order = forward_order(config, params, device),
                                           .tile_counter = tile_counter(device.index, stream)};
   int const num_blocks = imin(device.num_sms, kernel_params.order.num_tiles());

@@ -1,0 +1,33 @@
+// Counters in global memory by which thread blocks tell each other that data is ready.
+//
+// The writer of the data adds after it with add_release(); the reader polls with load_relaxed() and
+// then fences once. An acquiring load invalidates the L1 cache at every try (measured at head dim
+// 128: polling so slows the other warps of the SM), so load_acquire() is for values that are almost
+// always there at the first look.
+#pragma once
+
+#include <cstdint>
+
+namespace flash {
+
+__device__ __forceinline__ int load_relaxed(int const* counter) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+__device__ __forceinline__ int load_acquire(int const* counter) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+__device__ __forceinline__ void add_relaxed(int* counter, int value) {
+  asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ void add_release(int* counter, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ void fence_gpu() {
+  asm volatile("fence.acq_rel.gpu;" ::: "memory");
+}
+
+}  // namespace flash

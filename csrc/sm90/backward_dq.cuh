@@ -1,0 +1,267 @@
+// The way of dQ: a thread that adds the shares of this block's keys to fp32 sums, and warps that
+// convert complete sums. Protocol: docs/backward_sm90.md.
+#pragma once
+
+#include "device/element.cuh"
+#include "device/wgmma.cuh"
+#include "sm90/backward_load.cuh"
+
+namespace flash::sm90 {
+
+/// Empties the outboxes of the computing warpgroups: their shares of dQ tile by tile, then dV; and
+/// sends dK.
+template <class Traits>
+struct BackwardSender {
+  BackwardKernelParams const& params;
+  typename Traits::SharedStorage& shared;
+  uint32_t outbox_phase = 0;
+
+  /// Calls send(warpgroup, outbox), which starts copies, for each warpgroup's next parcel.
+  template <class Send>
+  __device__ __forceinline__ void for_each_parcel(Send const& send) {
+#pragma unroll 1
+    for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
+      mbarrier_wait(smem_address(&shared.outbox_full[warpgroup]), outbox_phase);
+      send(warpgroup, smem_address(shared.outbox[warpgroup]));
+      tma_store_commit();
+      tma_store_wait_read();
+      mbarrier_arrive(smem_address(&shared.outbox_empty[warpgroup]));
+    }
+    outbox_phase ^= 1;
+  }
+  /// Deterministic sums: key tiles add in their own order.
+  static __device__ __forceinline__ void wait_turn(int const* contributed, int turn) {
+    while (load_relaxed(contributed) < turn) {
+    }
+    fence_gpu();
+    fence_async_proxy_global();
+  }
+
+  /// The gradient of a warpgroup's keys.
+  template <class Tile>
+  static __device__ __forceinline__ void store_keys(CUtensorMap const& map, uint32_t tile,
+                                                    WorkItem const& item, int warpgroup) {
+    uint64_t const once = evict_first();
+#pragma unroll
+    for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
+      tma_store(map, tile + block * Tile::kBlockBytes, block * Tile::kBlockCols,
+                item.n_block * Traits::kTileN + warpgroup * 64, item.head_k, item.batch, once);
+    }
+  }
+  __device__ __forceinline__ void send_dk(WorkItem const& item, uint32_t phase) {
+#pragma unroll 1
+    for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
+      mbarrier_wait(smem_address(&shared.dk_full[warpgroup]), phase);
+      store_keys<typename Traits::TileDk>(params.dk, smem_address(shared.ds[warpgroup]), item,
+                                          warpgroup);
+    }
+    tma_store_commit();
+    tma_store_wait_read();
+    mbarrier_arrive(smem_address(&shared.dk_empty));
+  }
+  __device__ __forceinline__ void send_dv(WorkItem const& item) {
+    for_each_parcel([&](int warpgroup, uint32_t outbox) {
+      store_keys<typename Traits::TileDv>(params.dv, outbox, item, warpgroup);
+    });
+  }
+
+  /// A tile's addition is announced after the next one has been started: the wait for it is short
+  /// then.
+  __device__ __forceinline__ void send_dq(WorkItem const& item) {
+    BackwardDivision const& division = params.division;
+    Shape const& shape = params.problem.shape;
+    int const key_head = item.batch * shape.num_heads_k + item.head_k;
+    float* const sums = params.workspace.dq_sums +
+                        int64_t(key_head % division.slots) * division.query_tiles *
+                            (Traits::kDqBytes / 4);
+    int* const contributed =
+        params.workspace.contributed + int64_t(key_head) * division.query_tiles;
+    TileGrid const grid = tile_grid(params.problem, Traits::kTileM, Traits::kTileN);
+    int previous = -1;
+    auto const announce = [&](int query_tile) {
+      if (query_tile >= 0) {
+        add_release(contributed + query_tile, 1);
+      }
+    };
+    for_each_query_tile(item, shape.query_heads_per_key_head(), [&](int head, int m_block) {
+      int const query_tile = head * division.m_blocks + m_block;
+      float* const tile_sums = sums + int64_t(query_tile) * (Traits::kDqBytes / 4);
+      if (params.problem.deterministic) {
+        wait_turn(contributed + query_tile, item.n_block - n_block_range(grid, m_block).min);
+      }
+      for_each_parcel([&](int warpgroup, uint32_t outbox) {
+        bulk_reduce_add(tile_sums + warpgroup * (Traits::kShareBytes / 4), outbox,
+                        Traits::kShareBytes);
+      });
+      tma_store_wait<Traits::kWarpgroups>();
+      announce(previous);
+      previous = query_tile;
+    });
+    tma_store_wait<0>();
+    announce(previous);
+  }
+
+  __device__ __forceinline__ void run() {
+    WorkItem item;
+    for (uint32_t phase = 0; next_item<Traits>(shared, phase, item); phase ^= 1) {
+      mbarrier_arrive(smem_address(&shared.k_empty));  // the item has been read
+      send_dq(item);
+      send_dk(item, phase);
+      send_dv(item);
+    }
+  }
+};
+
+/// A warp that turns complete sums into dq, and clears them for the slot's next owner.
+template <class Traits>
+struct BackwardConverter {
+  BackwardKernelParams const& params;
+  typename Traits::SharedStorage& shared;
+  int const warp_idx;  // among the converting ones
+  uint32_t phase = 0;
+  int unannounced = -1;  // lane 0: tile that is written, but not yet announced
+
+  static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
+
+  /// Waits for the stores of the piece: late, when they are done.
+  __device__ __forceinline__ void announce() {
+    if (unannounced >= 0) {
+      fence_gpu();
+      add_relaxed(params.workspace.converted + unannounced, 1);
+      unannounced = -1;
+    }
+  }
+
+  /// Waits for the last of `expected` key tiles. Announces before it blocks: whoever it waits for
+  /// may be waiting for that.
+  __device__ __forceinline__ void wait_complete(int const* contributed, int expected) {
+    if (load_acquire(contributed) < expected) {
+      announce();
+      while (load_relaxed(contributed) < expected) {
+        __nanosleep(64);
+      }
+      fence_gpu();
+    }
+    fence_async_proxy_global();
+  }
+
+  /// Two neighbouring fragments of a row: the lanes of a pair exchange halves, so that each stores
+  /// four neighbouring columns.
+  static __device__ __forceinline__ void store_columns(char* row, uint32_t left, uint32_t right,
+                                                       bool is_wanted) {
+    bool const is_odd = lane_idx() % 2;
+    uint32_t const other = __shfl_xor_sync(0xffffffffu, is_odd ? left : right, 1);
+    if (is_wanted) {
+      __stcs(reinterpret_cast<uint2*>(row), is_odd ? uint2{other, right} : uint2{left, other});
+    }
+  }
+
+  /// A strip of 16 rows of sums, scaled, to the rows from `target` on, of which rows_left exist and
+  /// cols_left columns; both count from the lane's own. Zeros if nothing was added.
+  __device__ __forceinline__ void store_strip(uint32_t strip, char* target, int64_t row_bytes,
+                                              int rows_left, int cols_left, float scale) const {
+    auto const packed = [&](float x, float y) {
+      return scale != 0.f ? pack2<Traits::kDType>(x * scale, y * scale) : 0u;
+    };
+#pragma unroll 2
+    for (int j = 0; j < Traits::kDqCols / 8; j += 2) {
+      float4 const a = load_shared_float4(strip + j * Traits::kFragmentBytes);
+      float4 const b = load_shared_float4(strip + (j + 1) * Traits::kFragmentBytes);
+      bool const is_col = 8 * j < cols_left;
+      store_columns(target + 16 * j, packed(a.x, a.y), packed(b.x, b.y), rows_left > 0 && is_col);
+      store_columns(target + 8 * row_bytes + 16 * j, packed(a.z, a.w), packed(b.z, b.w),
+                    rows_left > 8 && is_col);
+    }
+  }
+
+  __device__ __forceinline__ void fetch(float const* sums) {
+    uint32_t const landed = smem_address(&shared.landed[warp_idx]);
+    mbarrier_arrive_expect_tx(landed, Traits::kPieceBytes);
+    bulk_load(smem_address(shared.landing[warp_idx]), sums, Traits::kPieceBytes, landed);
+  }
+  /// Waits for what fetch() has started, and clears the sums.
+  __device__ __forceinline__ void land(float* sums) {
+    mbarrier_wait(smem_address(&shared.landed[warp_idx]), phase);
+    phase ^= 1;
+    auto* const lane_sums = reinterpret_cast<float4*>(sums) + lane_idx();
+#pragma unroll 8
+    for (int i = 0; i < Traits::kPieceBytes / 512; ++i) {
+      __stcg(lane_sums + 32 * i, float4{0.f, 0.f, 0.f, 0.f});
+    }
+  }
+
+  __device__ __forceinline__ void convert(int tile_idx, int piece, int& next) {
+    BackwardDivision const& division = params.division;
+    Shape const& shape = params.problem.shape;
+    Tile const tile = division.tiles.tile(tile_idx);
+    int const key_head = tile.batch_head;
+    int const m_block = tile.block % division.m_blocks;
+    int const group_size = shape.query_heads_per_key_head();
+    int const head =
+        key_head % shape.num_heads_k * group_size + tile.block / division.m_blocks;
+    BlockRange const contributors = n_block_range(
+        tile_grid(params.problem, Traits::kTileM, Traits::kTileN), m_block);
+    int const expected = contributors.max - contributors.min;
+    int const counter = key_head * division.query_tiles + tile.block;
+    float* const sums = params.workspace.dq_sums +
+                        (int64_t(key_head % division.slots) * division.query_tiles + tile.block) *
+                            (Traits::kDqBytes / 4) +
+                        piece * (Traits::kPieceBytes / 4);
+    // Nobody adds to a tile that no key sees, and its slot may still be another key head's.
+    if (lane_idx() == 0) {
+      if (expected > 0) {
+        wait_complete(params.workspace.contributed + counter, expected);
+        fetch(sums);
+      }
+      next = atomicAdd(params.workspace.next + 1, 1);
+      announce();
+      unannounced = counter;
+    }
+    if (expected > 0) {
+      land(sums);
+    }
+    BackwardParams const& problem = params.problem;
+    int const share = piece / Traits::kPiecesPerShare;
+    int const strip_idx = piece % Traits::kPiecesPerShare * Traits::kStripsPerPiece;
+    int const row = m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * share : 0) +
+                    16 * strip_idx + lane_idx() / 4;
+    int const col = (Traits::kDqByRows ? 0 : Traits::kDqCols * share) + lane_idx() % 2 * 8 +
+                    lane_idx() % 4 / 2 * 4;
+    int64_t const row_bytes = problem.dq.row_stride * 2;
+    char* target = static_cast<char*>(problem.dq.ptr) +
+                   (problem.dq.offset(key_head / shape.num_heads_k, head) + col) * 2 +
+                   row * row_bytes;
+    int rows_left = shape.seqlen_q - row;
+    uint32_t strip = smem_address(shared.landing[warp_idx]) + lane_idx() * 16;
+#pragma unroll 1
+    for (int i = 0; i < Traits::kStripsPerPiece; ++i) {
+      store_strip(strip, target, row_bytes, rows_left, shape.head_dim - col,
+                  expected > 0 ? problem.softmax_scale : 0.f);
+      strip += Traits::kStripBytes;
+      target += 16 * row_bytes;
+      rows_left -= 16;
+    }
+    fence_async_proxy_global();  // the next owner's additions are not plain stores as the zeros are
+    __syncwarp();                // the landing zone has been read
+  }
+
+  __device__ __forceinline__ void run() {
+    int const num_pieces = Traits::kPieces * params.division.tiles.num_tiles();
+    int next = 0;
+    if (lane_idx() == 0) {
+      next = atomicAdd(params.workspace.next + 1, 1);
+    }
+    while (true) {
+      int const idx = __shfl_sync(0xffffffffu, next, 0);
+      if (idx >= num_pieces) {
+        break;
+      }
+      convert(idx / Traits::kPieces, idx % Traits::kPieces, next);
+    }
+    if (lane_idx() == 0) {
+      announce();
+    }
+  }
+};
+
+}  // namespace flash::sm90

@@ -1,0 +1,100 @@
+// Backward attention on Hopper. Thread blocks draw items of tile_n keys of one key head and walk
+// over the query tiles that see them. Warpgroup 0 moves data: a thread that loads, one that sends
+// what was computed, two warps that convert dQ. Design note: docs/backward_sm90.md.
+//
+//   barrier      | arrive (count)                  | wait                    | protects
+//   q_full       | loader and its bytes (1)        | computing warps         | Q, lse_log2
+//   q_empty      | computing warps (8)             | loader                  |
+//   dout_full    | loader and its bytes (1)        | computing warps         | dO, softmax_d
+//   dout_empty   | computing warps (8)             | loader                  |
+//   v_full       | loader and its bytes (1)        | computing warps         | V
+//   v_empty      | computing warps (8)             | loader                  |
+//   k_full       | loader and its bytes (1)        | computing warps, sender | K and the item
+//   k_empty      | computing warps, sender (9)     | loader                  |
+//   ds_full      | computing warps (8)             | computing warps         | dS of both
+//   ds_empty     | computing warps (8)             | computing warps         |   warpgroups
+//   outbox_full  | warps of a warpgroup (4)        | sender                  | a share of dQ, or dV
+//   outbox_empty | sender (1)                      | that warpgroup          |
+//   dk_full      | warps of a warpgroup (4)        | sender                  | dK in a buffer of dS
+//   dk_empty     | sender (1)                      | computing warps         |
+//   landed       | converting warp and bytes (1)   | that warp               | sums to convert
+//   named 1 + w  | warpgroup 1 - w, w (256)        | warpgroup w             | turn to issue
+#pragma once
+
+#include "sm90/backward_compute.cuh"
+#include "sm90/backward_dq.cuh"
+
+namespace flash::sm90 {
+
+template <class Traits>
+__device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& shared) {
+  auto const init = [](uint64_t& barrier, int arrivals) {
+    mbarrier_init(smem_address(&barrier), arrivals);
+  };
+  constexpr int kReaders = Traits::kComputingWarps;
+  for (int stage = 0; stage < Traits::kQStages; ++stage) {
+    init(shared.q_full[stage], 1);
+    init(shared.q_empty[stage], kReaders);
+  }
+  for (int stage = 0; stage < Traits::kStages; ++stage) {
+    init(shared.dout_full[stage], 1);
+    init(shared.dout_empty[stage], kReaders);
+    init(shared.ds_full[stage], kReaders);
+    init(shared.ds_empty[stage], kReaders);
+  }
+  for (int warp = 0; warp < Traits::kConvertingWarps; ++warp) {
+    init(shared.landed[warp], 1);
+  }
+  init(shared.k_full, 1);
+  init(shared.k_empty, kReaders + 1);
+  init(shared.v_full, 1);
+  init(shared.v_empty, kReaders);
+  init(shared.dk_empty, 1);
+  for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
+    init(shared.outbox_full[warpgroup], 4);
+    init(shared.outbox_empty[warpgroup], 1);
+    init(shared.dk_full[warpgroup], 4);
+  }
+  mbarrier_init_fence();
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kConfig.num_threads(), 1)
+    backward_kernel(__grid_constant__ BackwardKernelParams const params) {
+  extern __shared__ __align__(1024) char shared_memory[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
+  int const warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) {
+    prefetch_tensormap(params.q);
+    prefetch_tensormap(params.k);
+    prefetch_tensormap(params.v);
+    prefetch_tensormap(params.dout);
+    init_barriers<Traits>(shared);
+  }
+  __syncthreads();
+  // The end of the preprocess kernel, and what it wrote.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (warpgroup_idx == 0) {
+    setmaxnreg_dec<Traits::kHelperRegisters>();
+    int const warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+    if (threadIdx.x == 0) {
+      fence_async_proxy_global();
+      BackwardLoader<Traits>{params, shared}.run();
+    } else if (threadIdx.x == 32) {
+      fence_async_proxy_global();
+      BackwardSender<Traits>{params, shared}.run();
+    } else if (warp_idx >= 2) {
+      BackwardConverter<Traits>{params, shared, warp_idx - 2}.run();
+    }
+  } else {
+    setmaxnreg_inc<Traits::kComputeRegisters>();
+    BackwardWarpgroup<Traits>{.params = params,
+                              .shared = shared,
+                              .warpgroup_idx = warpgroup_idx - 1,
+                              .scale_log2 = params.problem.softmax_scale * kLog2E,
+                              .warp_idx = __shfl_sync(0xffffffffu, int(threadIdx.x / 32 % 4), 0)}
+        .run();
+  }
+}
+
+}  // namespace flash::sm90

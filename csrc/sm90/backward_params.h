@@ -1,0 +1,56 @@
+// What one sm90 backward launch is given.
+#pragma once
+
+#include <cuda.h>
+
+#include "arith/tile_order.h"
+#include "config/sm90_backward_config.h"
+
+namespace flash::sm90 {
+
+/// How the problem is cut. A key head is one of batch * num_heads_k; its query tiles are those of
+/// all the query heads that read it, head after head. An item is one key tile of a key head.
+struct BackwardDivision {
+  int m_blocks;     // query tiles of a query head
+  int query_tiles;  // of a key head
+  int key_heads;
+  int slots;        // fp32 sums exist for this many key heads at a time: key head i uses i % slots
+  TileOrder items;  // key tiles
+  TileOrder tiles;  // query tiles, in the order in which they are converted
+
+  FLASH_HD constexpr int64_t num_tiles() const { return int64_t(key_heads) * query_tiles; }
+};
+
+/// BackwardParams::workspace. The preprocess kernel clears all of it.
+struct BackwardWorkspace {
+  float* dq_sums;   // [slots, query_tiles, tile_m * head_dim of the kernel], in fragment order
+  float* lse_log2;  // [batch, heads, softmax_d_rows(seqlen_q)], softmax_lse * log2(e)
+  int* next;        // [2]: items and conversions drawn
+  int* contributed;  // [key_heads, query_tiles]: key tiles whose share is in the sums
+  int* converted;    // [key_heads, query_tiles]: pieces of the tile written to dq
+
+  static constexpr int64_t lse_bytes(Shape const& shape) {
+    return int64_t(shape.batch_size) * shape.num_heads * softmax_d_rows(shape.seqlen_q) *
+           int64_t(sizeof(float));
+  }
+  static constexpr int64_t sums_bytes(Sm90BackwardConfig const& config,
+                                      BackwardDivision const& division) {
+    return int64_t(division.slots) * division.query_tiles * config.tile_m * config.head_dim *
+           int64_t(sizeof(float));
+  }
+  static constexpr int64_t num_counters(BackwardDivision const& division) {
+    return 2 + 2 * division.num_tiles();
+  }
+};
+
+/// The problem, the boxes that the copy engine fetches and stores, and who computes what.
+struct BackwardKernelParams {
+  BackwardParams problem;
+  CUtensorMap q, dout;       // boxes of tile_m rows
+  CUtensorMap k, v;          // boxes of tile_n rows
+  CUtensorMap dk, dv;        // boxes of 64 rows
+  BackwardDivision division;
+  BackwardWorkspace workspace;
+};
+
+}  // namespace flash::sm90

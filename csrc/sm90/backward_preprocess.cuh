@@ -1,0 +1,44 @@
+// The small kernel before the main backward kernel.
+#pragma once
+
+#include "device/softmax_d.cuh"
+#include "sm90/backward_params.h"
+
+namespace flash::sm90 {
+
+constexpr int kRowsPerBlock = 16;  // query rows of a thread block, eight lanes a row
+constexpr int kPreprocessThreads = 128;
+
+/// softmax_d and lse_log2 of every query row, and clears the dq sums and counters. Rows past
+/// seqlen_q get softmax_d 0 and lse_log2 +inf, so that their probabilities are 0.
+template <DType kDType>
+__global__ void __launch_bounds__(kPreprocessThreads)
+    preprocess_kernel(__grid_constant__ BackwardParams const params,
+                      __grid_constant__ BackwardWorkspace const workspace, int64_t num_sums,
+                      int64_t num_counters) {
+  // The main kernel may start as soon as every block of this one has: it waits for the end itself.
+  asm volatile("griddepcontrol.launch_dependents;");
+  Shape const& shape = params.shape;
+  int const rows = softmax_d_rows(shape.seqlen_q);
+  int const blocks_per_head = rows / kRowsPerBlock;
+  int const batch_head = blockIdx.x / blocks_per_head, block = blockIdx.x % blocks_per_head;
+  int const row = block * kRowsPerBlock + threadIdx.x / 8;
+  RowStatistics const statistics = row_statistics<kDType>(params, batch_head / shape.num_heads,
+                                                          batch_head % shape.num_heads, row);
+  if (threadIdx.x % 8 == 0) {
+    int64_t const idx = int64_t(batch_head) * rows + row;
+    params.softmax_d[idx] = statistics.softmax_d;
+    workspace.lse_log2[idx] = statistics.lse * kLog2E;
+  }
+  int64_t const thread = int64_t(blockIdx.x) * kPreprocessThreads + threadIdx.x;
+  int64_t const num_threads = int64_t(gridDim.x) * kPreprocessThreads;
+  auto* const sums = reinterpret_cast<float4*>(workspace.dq_sums);
+  for (int64_t idx = thread; idx < num_sums / 4; idx += num_threads) {
+    sums[idx] = {0.f, 0.f, 0.f, 0.f};
+  }
+  for (int64_t idx = thread; idx < num_counters; idx += num_threads) {
+    workspace.next[idx] = 0;
+  }
+}
+
+}  // namespace flash::sm90

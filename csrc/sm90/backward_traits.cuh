@@ -1,0 +1,104 @@
+// Compile-time facts of one sm90 backward kernel: tiles, registers, shared memory, barriers.
+#pragma once
+
+#include "arith/block_range.h"
+#include "device/barrier.cuh"
+#include "device/smem_tile.cuh"
+#include "sm90/backward_params.h"
+
+namespace flash::sm90 {
+
+/// A key tile of one key head, and the query tiles [m_min, m_max) of each query head that see it;
+/// there may be none.
+struct alignas(16) WorkItem {
+  int n_block;  // negative: nothing is left
+  int head_k, batch;
+  int m_min, m_max;
+};
+
+template <Sm90BackwardConfig kConfig_>
+struct BackwardTraits {
+  static constexpr Sm90BackwardConfig kConfig = kConfig_;
+  static constexpr DType kDType = kConfig.dtype;
+  static constexpr int kTileM = kConfig.tile_m, kTileN = kConfig.tile_n;
+  static constexpr int kQStages = Sm90BackwardConfig::kQStages;
+  static constexpr int kStages = Sm90BackwardConfig::kStages;
+  static constexpr int kWarpgroups = kConfig.num_warpgroups();  // those that compute
+  static constexpr int kComputingWarps = 4 * kWarpgroups;
+  using TileQ = SmemTile<kTileM, kConfig.head_dim>;
+  using TileDout = SmemTile<kTileM, kConfig.head_dim_v>;
+  using TileK = SmemTile<kTileN, kConfig.head_dim>;
+  using TileV = SmemTile<kTileN, kConfig.head_dim_v>;
+  using TileDs = SmemTile<kTileN, kTileM>;  // rows are keys
+  using TileDk = SmemTile<64, kConfig.head_dim>;  // of a warpgroup
+  using TileDv = SmemTile<64, kConfig.head_dim_v>;
+
+  // dQ of a query tile: each warpgroup makes 64 rows of its columns in fragments of 8 columns,
+  // those of a warp (16 rows) one behind the other. Two query blocks of 64 rows are split by rows,
+  // one is split by columns.
+  static constexpr bool kDqByRows = kTileM == 128;
+  static constexpr int kDqCols = kDqByRows ? kConfig.head_dim : kConfig.head_dim / kWarpgroups;
+  static constexpr int kFragmentBytes = 16 * 8 * 4;
+  static constexpr int kStripBytes = kDqCols / 8 * kFragmentBytes;  // of a warp
+  static constexpr int kShareBytes = 4 * kStripBytes;               // of a warpgroup
+  static constexpr int kDqBytes = kWarpgroups * kShareBytes;
+  static_assert(kDqBytes == kTileM * kConfig.head_dim * 4 && (kDqByRows || kTileM == 64));
+
+  // A piece is what a converting warp takes at once: some strips of a share.
+  static constexpr int kConvertingWarps = Sm90BackwardConfig::kWarpsDq;
+  static constexpr int kPieces = Sm90BackwardConfig::kPiecesDq;
+  static constexpr int kPieceBytes = kDqBytes / kPieces;
+  static constexpr int kStripsPerPiece = kPieceBytes / kStripBytes;
+  static constexpr int kPiecesPerShare = kPieces / kWarpgroups;
+
+  // Registers a thread after the hand-over. The warpgroups' sum is what the launch allots, 504 of
+  // the 512 that an SM has for 128 threads: asking for more hangs.
+  static constexpr int kHelperRegisters = 40, kComputeRegisters = 232;
+
+  // A *_full barrier ends its phase when a buffer is filled, an *_empty one when it may be
+  // refilled.
+  struct SharedStorage {
+    alignas(1024) char k[TileK::kBytes];
+    alignas(1024) char v[TileV::kBytes];
+    alignas(1024) char q[kQStages][TileQ::kBytes];
+    alignas(1024) char dout[kStages][TileDout::kBytes];
+    alignas(1024) char ds[kStages][TileDs::kBytes];  // dK of warpgroup w leaves through buffer w
+    alignas(1024) char outbox[kWarpgroups][kConfig.outbox_bytes()];
+    char landing[kConvertingWarps][kPieceBytes];
+    alignas(16) float lse_log2[kQStages][kTileM];
+    alignas(16) float softmax_d[kStages][kTileM];
+    WorkItem item;
+    uint64_t q_full[kQStages], q_empty[kQStages];
+    uint64_t dout_full[kStages], dout_empty[kStages];
+    uint64_t k_full, k_empty, v_full, v_empty;
+    uint64_t ds_full[kStages], ds_empty[kStages];
+    uint64_t outbox_full[kWarpgroups], outbox_empty[kWarpgroups];
+    uint64_t dk_full[kWarpgroups], dk_empty;
+    uint64_t landed[kConvertingWarps];
+  };
+  static_assert(sizeof(SharedStorage) == kConfig.smem_bytes(), "table and kernel agree");
+  static_assert(kConfig.smem_bytes() <= 227 * 1024, "shared memory of one thread block");
+  static_assert(TileDs::kBytes >= TileDk::kBytes && kStages >= kWarpgroups);
+  static_assert(kTileN == 64 * kWarpgroups, "a computing warpgroup owns 64 keys");
+};
+
+__device__ __forceinline__ TileGrid tile_grid(BackwardParams const& problem, int tile_m,
+                                              int tile_n) {
+  return {tile_m, tile_n, problem.shape.seqlen_q, problem.shape.seqlen_k, problem.mask};
+}
+
+/// Calls visit(head_in_group, m_block) for the query tiles of `item` in the order in which every
+/// role walks them: the last first.
+template <class Visit>
+__device__ __forceinline__ void for_each_query_tile(WorkItem const& item, int group_size,
+                                                    Visit const& visit) {
+#pragma unroll 1
+  for (int head = group_size - 1; head >= 0; --head) {
+#pragma unroll 1
+    for (int m_block = item.m_max - 1; m_block >= item.m_min; --m_block) {
+      visit(head, m_block);
+    }
+  }
+}
+
+}  // namespace flash::sm90

@@ -1,0 +1,3 @@
+#include "sm90/backward_launch.cuh"
+
+template struct flash::sm90::BackwardUnit<192>;
