@@ -93,6 +93,21 @@ def newest_kernel_family(arch: int) -> Iterator[None]:
         limit(previous)
 
 
+@contextmanager
+def backward_sections(heads: int) -> Iterator[None]:
+    """Inside, the Hopper backward works on the keys of at most `heads` heads at a time, in every
+    thread.
+
+    For tests: few heads make thread blocks wait for each other at every step.
+    """
+    limit = torch.ops.flash_attn.limit_backward_section.default
+    previous = limit(heads)
+    try:
+        yield
+    finally:
+        limit(previous)
+
+
 def raise_no_cuda_backend() -> NoReturn:
     """For a call with CUDA tensors in a build without CUDA kernels."""
     if load_error is not None:

@@ -280,6 +280,14 @@ SM90_TILES = [
 ]
 
 
+# The same of the sm90 backward.
+SM90_BACKWARD_TILES = [
+    ((64, 64), (128, 128)),
+    ((96, 96), (64, 128)),
+    ((128, 128), (64, 128)),
+]
+
+
 def sm90_lengths(tile: tuple[int, int]) -> tuple[list[int], list[int]]:
     """seqlen_q and seqlen_k around the edges of a tile, where its kernels serve them: those of 192
     rows serve long sequences alone."""

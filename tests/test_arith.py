@@ -99,6 +99,28 @@ def test_full_tiles_lie_inside_the_visited_ones(host: ModuleType, left: int, rig
                 assert inside.all(), f"{what}: full {full[~inside]}, visited {visited[~inside]}"
 
 
+@pytest.mark.parametrize("left", BOUNDS)
+@pytest.mark.parametrize("right", BOUNDS)
+def test_as_many_key_tiles_visit_a_query_tile_as_it_expects(
+    host: ModuleType, left: int, right: int
+) -> None:
+    """The backward waits for that many; one too few or too many would hang or lose a share."""
+    mask = host.Mask(left, right)
+    for seqlen_q, seqlen_k in itertools.product(SEQLENS, SEQLENS):
+        for tile_m, tile_n in TILES:
+            grid = host.TileGrid(tile_m, tile_n, seqlen_q, seqlen_k, mask)
+            visits = np.zeros(grid.num_m_blocks(), dtype=int)
+            for begin, end in host.m_block_ranges(grid):
+                visits[begin:end] += 1
+            expected = host.n_block_ranges(grid)
+            assert (visits == expected[:, 1] - expected[:, 0]).all(), (
+                left,
+                right,
+                seqlen_q,
+                seqlen_k,
+            )
+
+
 # Known answers of Philox4x32-10, from the Random123 distribution: counter, key, bits.
 PHILOX_VECTORS = (
     (

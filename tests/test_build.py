@@ -120,8 +120,8 @@ def test_the_sm90_family_is_compiled_for_sm_90a_alone() -> None:
 
 
 def test_builds_without_sm_90_hold_a_stand_in_for_its_family() -> None:
-    stand_in, launcher = "csrc/sm90/absent.cpp", "csrc/sm90/launch.cpp"
-    unit = "csrc/units/forward_sm90_hdim64.cu"
+    stand_in, launcher = "csrc/sm90/absent.cpp", "csrc/sm90/backward.cpp"
+    unit = "csrc/units/backward_sm90_hdim64.cu"
     for archs in ((90,), (80, 90)):
         found = build_plan.kernel_sources(archs)
         assert {launcher, unit} <= set(found) and stand_in not in found

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from cases import SM90_TILES, sm90_lengths
+from cases import SM90_BACKWARD_TILES, SM90_TILES, sm90_lengths
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -232,6 +232,32 @@ def test_sm90_refuses_what_it_has_no_kernel_for(host: ModuleType) -> None:
     assert select_sm90(host, head_dims=(257, 64)) is None
     assert select_sm90(host, head_dims=(64, 257)) is None
     assert select_sm90(host, smem=SMEM_SM80) is None
+
+
+def test_sm90_backward_rows_are_unique_and_the_same_for_both_dtypes(host: ModuleType) -> None:
+    rows = {dtype: [] for dtype in DTYPES}
+    for row in host.sm90_backward_rows():
+        key = ((row.head_dim, row.head_dim_v), (row.tile_m, row.tile_n))
+        rows[row.dtype.name].append((*key, row.num_threads, row.smem_bytes))
+        assert row.name == f"bwd/sm90/{row.head_dim}/{row.dtype.name}"
+        assert 99 * KIB < row.smem_bytes <= SMEM_SM90
+    assert rows["bf16"] == rows["fp16"]
+    assert [row[:2] for row in rows["bf16"]] == SM90_BACKWARD_TILES
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sm90_backward_serves_head_dims_with_the_smallest_kernel(
+    host: ModuleType, dtype: str
+) -> None:
+    served = {head_dims for head_dims, _ in SM90_BACKWARD_TILES}
+    for head_dim in range(8, 257, 8):
+        for head_dim_v in range(8, 257, 8):
+            fit = [d for d in served if d[0] >= head_dim and d[1] >= head_dim_v]
+            args = (getattr(host.DType, dtype), head_dim, head_dim_v)
+            row = host.select_sm90_backward(*args, SMEM_SM90)
+            assert (row and (row.head_dim, row.head_dim_v)) == (min(fit) if fit else None)
+            assert host.select_sm90_backward(*args, SMEM_SM80) is None
+    assert host.select_sm90_backward(host.DType.fp32, 64, 64, SMEM_SM90) is None
 
 
 FILTER_PROGRAM = """

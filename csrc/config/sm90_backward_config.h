@@ -11,31 +11,33 @@ namespace flash {
 struct Sm90BackwardConfig {
   DType dtype;
   int head_dim, head_dim_v;  // columns of the tiles; smaller ones are filled up with zeros
-  int tile_m, tile_n;  // a thread block owns tile_n keys and walks query tiles of tile_m rows
+  int tile_m, tile_n;        // a thread block owns tile_n keys and walks query tiles of tile_m rows
 
   static constexpr int kArch = 90;
-  static constexpr int kQStages = 3;    // buffers of Q
-  static constexpr int kStages = 2;     // buffers of dO and dS
-  static constexpr int kWarpsDq = 2;    // that convert dq
-  static constexpr int kPiecesDq = 4;   // of a query tile, which they take one at a time
+  static constexpr int kStages = 2;           // buffers of Q, dO and dS
+  static constexpr int kConvertingWarps = 2;  // each takes a warpgroup's share of a dq tile at once
 
   constexpr int num_warpgroups() const { return 2; }  // those that compute
   constexpr int num_threads() const { return 128 * (num_warpgroups() + 1); }
-  /// What leaves a warpgroup at once: its share of a query tile's fp32 dQ, or dV of its keys.
+  /// Of a query tile's fp32 dQ, what a warpgroup computes and a converting warp converts.
+  constexpr int share_bytes() const {
+    return tile_m * head_dim * int(sizeof(float)) / num_warpgroups();
+  }
+  /// What leaves a warpgroup at once: its share of dQ, or dV of its keys.
   constexpr int outbox_bytes() const {
-    int const share = tile_m * head_dim * int(sizeof(float)) / num_warpgroups();
-    return imax(share, 64 * head_dim_v * element_size(dtype));
+    return imax(share_bytes(), 64 * head_dim_v * element_size(dtype));
   }
   constexpr int smem_bytes() const {
     int const keys = tile_n * (head_dim + head_dim_v);
-    int const queries = tile_m * (kQStages * head_dim + kStages * head_dim_v);
+    int const queries = kStages * tile_m * (head_dim + head_dim_v);
     int const ds = kStages * tile_n * tile_m;
-    int const landing = kWarpsDq * (tile_m * head_dim / kPiecesDq) * int(sizeof(float));
-    int const statistics = (kQStages + kStages) * tile_m * int(sizeof(float));
+    int const landing = kConvertingWarps * share_bytes();
+    int const statistics = 2 * kStages * tile_m * int(sizeof(float));
     constexpr int kItem = 32, kTileAlignment = 1024;
-    constexpr int kBarriers = (2 * kQStages + 4 * kStages + 4 + 3 * 2 + 1 + kWarpsDq) * int(sizeof(uint64_t));
+    int const barriers =
+        int(sizeof(uint64_t)) * (6 * kStages + 5 + 3 * num_warpgroups() + kConvertingWarps);
     return round_up((keys + queries + ds) * element_size(dtype) +
-                        num_warpgroups() * outbox_bytes() + landing + statistics + kItem + kBarriers,
+                        num_warpgroups() * outbox_bytes() + landing + statistics + kItem + barriers,
                     kTileAlignment);
   }
   constexpr RowName name() const {

@@ -61,8 +61,8 @@ __device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_
 
 /// Starts the copy of `bytes` bytes, a multiple of 16, to shared memory; they count towards the
 /// barrier's phase.
-__device__ __forceinline__ void bulk_load(uint32_t smem_address, void const* source,
-                                          uint32_t bytes, uint32_t barrier) {
+__device__ __forceinline__ void bulk_load(uint32_t smem_address, void const* source, uint32_t bytes,
+                                          uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
       "[%3];" ::"r"(smem_address),
@@ -72,10 +72,10 @@ __device__ __forceinline__ void bulk_load(uint32_t smem_address, void const* sou
 /// Starts the addition of floats in shared memory to global memory.
 __device__ __forceinline__ void bulk_reduce_add(float* target, uint32_t smem_address,
                                                 uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
-                   target),
-               "r"(smem_address), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(target),
+      "r"(smem_address), "r"(bytes)
+      : "memory");
 }
 
 /// Closes the group of stores and additions that this thread has started.

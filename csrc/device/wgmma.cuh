@@ -24,8 +24,8 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t address) {
 constexpr uint64_t descriptor_step(int bytes) {
   return bytes / 16;
 }
-/// The descriptor of what lies `bytes` further. Only its low word changes, in which an address can't
-/// overflow: that spares an addition with carry between two products.
+/// The descriptor of what lies `bytes` further. Only its low word changes, in which an address
+/// can't overflow: that spares an addition with carry between two products.
 __device__ __forceinline__ uint64_t advanced(uint64_t descriptor, int bytes) {
   uint32_t const low = uint32_t(descriptor) + uint32_t(bytes / 16);
   return (descriptor & 0xffffffff00000000) | low;

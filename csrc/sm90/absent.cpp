@@ -7,7 +7,8 @@
 namespace flash::sm90 {
 namespace {
 
-[[noreturn]] void raise_absent() {
+[[noreturn]]
+void raise_absent() {
   throw std::runtime_error("flash_attn: this build holds no sm90 kernels");
 }
 

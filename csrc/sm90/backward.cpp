@@ -29,9 +29,9 @@ Views views_of(BackwardParams const& params, DType dtype) {
   auto const of_keys = [&](Strided const& tensor, int head_dim) {
     return TensorView{tensor, dtype, s.batch_size, s.seqlen_k, s.num_heads_k, head_dim};
   };
-  return {of_queries(params.q, s.head_dim),      of_keys(params.k, s.head_dim),
-          of_keys(params.v, s.head_dim_v),       of_queries(params.dout, s.head_dim_v),
-          of_keys(params.dk, s.head_dim),        of_keys(params.dv, s.head_dim_v)};
+  return {of_queries(params.q, s.head_dim), of_keys(params.k, s.head_dim),
+          of_keys(params.v, s.head_dim_v),  of_queries(params.dout, s.head_dim_v),
+          of_keys(params.dk, s.head_dim),   of_keys(params.dv, s.head_dim_v)};
 }
 
 /// Sections hold at least an item for every SM. A key head's section is over before its slot is
@@ -45,10 +45,9 @@ BackwardDivision divide(Sm90BackwardConfig const& config, Shape const& shape, in
   int64_t const bytes_per_row = (config.head_dim + config.head_dim_v) * element_size(config.dtype) +
                                 config.head_dim * int64_t(sizeof(float));
   int64_t const bytes_per_head = bytes_per_row * query_tiles * config.tile_m;
-  int const section =
-      imin(section_limit.load(std::memory_order_relaxed),
-           imax(heads_per_section(bytes_per_head, kSectionBytes, key_heads),
-                imin(num_sms / n_blocks, key_heads)));
+  int const section = imin(section_limit.load(std::memory_order_relaxed),
+                           imax(heads_per_section(bytes_per_head, kSectionBytes, key_heads),
+                                imin(num_sms / n_blocks, key_heads)));
   return {.m_blocks = m_blocks,
           .query_tiles = query_tiles,
           .key_heads = key_heads,
@@ -86,8 +85,8 @@ void backward(Sm90BackwardConfig const& config, BackwardParams const& params, De
   make_context_current(device.index);
   Views const views = views_of(params, config.dtype);
   BackwardDivision const division = divide(config, params.shape, device.num_sms);
-  char* const lse = static_cast<char*>(params.workspace) +
-                    BackwardWorkspace::sums_bytes(config, division);
+  char* const lse =
+      static_cast<char*>(params.workspace) + BackwardWorkspace::sums_bytes(config, division);
   int* const counters = reinterpret_cast<int*>(lse + BackwardWorkspace::lse_bytes(params.shape));
   int const dim = config.head_dim, dim_v = config.head_dim_v;
   BackwardKernelParams const kernel_params{

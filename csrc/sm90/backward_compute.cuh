@@ -1,9 +1,9 @@
 // A computing warpgroup: 64 keys of each item.
 //
 // Of a query tile it makes S^T = K Q^T and dP^T = V dO^T, whose rows are its keys, and with
-// P = exp2(S c - lse), dS = P (dP - softmax_d) adds dV += P^T dO and dK += dS^T Q, the left operands
-// straight from registers. dQ = dS K runs over the keys of all warpgroups, so dS goes through shared
-// memory and each warpgroup makes a part of dQ.
+// P = exp2(S c - lse), dS = P (dP - softmax_d) adds dV += P^T dO and dK += dS^T Q, the left
+// operands straight from registers. dQ = dS K runs over the keys of all warpgroups, so dS goes
+// through shared memory and each warpgroup makes a part of dQ.
 #pragma once
 
 #include "arith/block_range.h"
@@ -23,17 +23,18 @@ struct BackwardWarpgroup {
   using TileK = typename Traits::TileK;
   using TileV = typename Traits::TileV;
   using TileDs = typename Traits::TileDs;
-  using Scores = float[kFragmentsS][4];    // 64 keys x tile_m queries
-  using Operand = uint32_t[kStepsM][4];    // the same as a left operand of 16 queries a step
+  using Scores = float[kFragmentsS][4];  // 64 keys x tile_m queries
+  using Operand = uint32_t[kStepsM][4];  // the same as a left operand of 16 queries a step
 
   BackwardKernelParams const& params;
   typename Traits::SharedStorage& shared;
   int warpgroup_idx;  // among the computing ones
   float const scale_log2;
   int const warp_idx;  // in its warpgroup
-  Ring<Traits::kQStages> q;
+  Ring<Traits::kStages> q;
   Ring<Traits::kStages> dout;
-  Ring<Traits::kStages> ds, last_ds;  // last_: of the query tile before
+  Ring<Traits::kStages> ds;
+  Ring<Traits::kStages> last_ds{Traits::kStages - 1, 1};  // of the query tile before
   uint32_t key_phase = 0, outbox_phase = 0;
   float dk[kConfig.head_dim / 8][4];
   float dv[kConfig.head_dim_v / 8][4];
@@ -77,8 +78,8 @@ struct BackwardWarpgroup {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const key = key_begin + warp_idx * 16 + half * 8 + lane_idx() / 4;
-      KeyRange const rows = visible_keys(transposed(params.problem.mask), key, shape.seqlen_k,
-                                         shape.seqlen_q);
+      KeyRange const rows =
+          visible_keys(transposed(params.problem.mask), key, shape.seqlen_k, shape.seqlen_q);
       mask_row(scores, half, rows.begin - lane_col,
                (key < shape.seqlen_k ? rows.end : 0) - lane_col);
     }
@@ -109,8 +110,7 @@ struct BackwardWarpgroup {
 #pragma unroll
     for (int step = 0; step < kStepsM; ++step) {
       Wgmma<kFragments * 8, kDType>::template rs<true>(
-          gradient, left[step], advanced(b, rows_step<TileQueries>(step)),
-          step > 0 ? 1 : has_sums);
+          gradient, left[step], advanced(b, rows_step<TileQueries>(step)), step > 0 ? 1 : has_sums);
     }
     wgmma_commit();
   }
@@ -196,11 +196,9 @@ struct BackwardWarpgroup {
     hand_over(shared.outbox_full[warpgroup_idx]);
   }
 
-  /// Only one warpgroup at a time issues S and dP: so the other one's exponentials and dS run beside
-  /// them, and not beside its own.
-  __device__ __forceinline__ void take_turn() const {
-    named_barrier_sync(1 + warpgroup_idx, 256);
-  }
+  /// Only one warpgroup at a time issues S and dP: so the other one's exponentials and dS run
+  /// beside them, and not beside its own.
+  __device__ __forceinline__ void take_turn() const { named_barrier_sync(1 + warpgroup_idx, 256); }
   __device__ __forceinline__ void pass_turn() const {
     named_barrier_arrive(1 + (warpgroup_idx ^ 1), 256);
   }
@@ -301,9 +299,8 @@ struct BackwardWarpgroup {
     pin(dv);
     bool const is_last_ds = int(last_ds.stage) == warpgroup_idx;
     wait(shared.ds_empty[warpgroup_idx], is_last_ds ? last_ds.phase : ds.phase ^ 1);
-    store_gradient<typename Traits::TileDk>(dk, params.problem.softmax_scale,
-                                            shared.ds[warpgroup_idx],
-                                            shared.dk_full[warpgroup_idx]);
+    store_gradient<typename Traits::TileDk>(
+        dk, params.problem.softmax_scale, shared.ds[warpgroup_idx], shared.dk_full[warpgroup_idx]);
     char* const outbox = open_outbox();
     store_gradient<typename Traits::TileDv>(dv, 1.f, outbox, shared.outbox_full[warpgroup_idx]);
   }

@@ -71,9 +71,9 @@ struct BackwardSender {
     BackwardDivision const& division = params.division;
     Shape const& shape = params.problem.shape;
     int const key_head = item.batch * shape.num_heads_k + item.head_k;
-    float* const sums = params.workspace.dq_sums +
-                        int64_t(key_head % division.slots) * division.query_tiles *
-                            (Traits::kDqBytes / 4);
+    float* const sums = params.workspace.dq_sums + int64_t(key_head % division.slots) *
+                                                       division.query_tiles *
+                                                       (Traits::kDqBytes / 4);
     int* const contributed =
         params.workspace.contributed + int64_t(key_head) * division.query_tiles;
     TileGrid const grid = tile_grid(params.problem, Traits::kTileM, Traits::kTileN);
@@ -123,7 +123,7 @@ struct BackwardConverter {
 
   static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
 
-  /// Waits for the stores of the piece: late, when they are done.
+  /// Waits for the stores of the last share: late, when they are done.
   __device__ __forceinline__ void announce() {
     if (unannounced >= 0) {
       fence_gpu();
@@ -176,8 +176,8 @@ struct BackwardConverter {
 
   __device__ __forceinline__ void fetch(float const* sums) {
     uint32_t const landed = smem_address(&shared.landed[warp_idx]);
-    mbarrier_arrive_expect_tx(landed, Traits::kPieceBytes);
-    bulk_load(smem_address(shared.landing[warp_idx]), sums, Traits::kPieceBytes, landed);
+    mbarrier_arrive_expect_tx(landed, Traits::kShareBytes);
+    bulk_load(smem_address(shared.landing[warp_idx]), sums, Traits::kShareBytes, landed);
   }
   /// Waits for what fetch() has started, and clears the sums.
   __device__ __forceinline__ void land(float* sums) {
@@ -185,28 +185,27 @@ struct BackwardConverter {
     phase ^= 1;
     auto* const lane_sums = reinterpret_cast<float4*>(sums) + lane_idx();
 #pragma unroll 8
-    for (int i = 0; i < Traits::kPieceBytes / 512; ++i) {
+    for (int i = 0; i < Traits::kShareBytes / 512; ++i) {
       __stcg(lane_sums + 32 * i, float4{0.f, 0.f, 0.f, 0.f});
     }
   }
 
-  __device__ __forceinline__ void convert(int tile_idx, int piece, int& next) {
+  __device__ __forceinline__ void convert(int tile_idx, int share, int& next) {
     BackwardDivision const& division = params.division;
     Shape const& shape = params.problem.shape;
     Tile const tile = division.tiles.tile(tile_idx);
     int const key_head = tile.batch_head;
     int const m_block = tile.block % division.m_blocks;
     int const group_size = shape.query_heads_per_key_head();
-    int const head =
-        key_head % shape.num_heads_k * group_size + tile.block / division.m_blocks;
-    BlockRange const contributors = n_block_range(
-        tile_grid(params.problem, Traits::kTileM, Traits::kTileN), m_block);
+    int const head = key_head % shape.num_heads_k * group_size + tile.block / division.m_blocks;
+    BlockRange const contributors =
+        n_block_range(tile_grid(params.problem, Traits::kTileM, Traits::kTileN), m_block);
     int const expected = contributors.max - contributors.min;
     int const counter = key_head * division.query_tiles + tile.block;
     float* const sums = params.workspace.dq_sums +
                         (int64_t(key_head % division.slots) * division.query_tiles + tile.block) *
                             (Traits::kDqBytes / 4) +
-                        piece * (Traits::kPieceBytes / 4);
+                        share * (Traits::kShareBytes / 4);
     // Nobody adds to a tile that no key sees, and its slot may still be another key head's.
     if (lane_idx() == 0) {
       if (expected > 0) {
@@ -221,10 +220,8 @@ struct BackwardConverter {
       land(sums);
     }
     BackwardParams const& problem = params.problem;
-    int const share = piece / Traits::kPiecesPerShare;
-    int const strip_idx = piece % Traits::kPiecesPerShare * Traits::kStripsPerPiece;
-    int const row = m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * share : 0) +
-                    16 * strip_idx + lane_idx() / 4;
+    int const row =
+        m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * share : 0) + lane_idx() / 4;
     int const col = (Traits::kDqByRows ? 0 : Traits::kDqCols * share) + lane_idx() % 2 * 8 +
                     lane_idx() % 4 / 2 * 4;
     int64_t const row_bytes = problem.dq.row_stride * 2;
@@ -234,7 +231,7 @@ struct BackwardConverter {
     int rows_left = shape.seqlen_q - row;
     uint32_t strip = smem_address(shared.landing[warp_idx]) + lane_idx() * 16;
 #pragma unroll 1
-    for (int i = 0; i < Traits::kStripsPerPiece; ++i) {
+    for (int i = 0; i < 4; ++i) {
       store_strip(strip, target, row_bytes, rows_left, shape.head_dim - col,
                   expected > 0 ? problem.softmax_scale : 0.f);
       strip += Traits::kStripBytes;
@@ -246,17 +243,17 @@ struct BackwardConverter {
   }
 
   __device__ __forceinline__ void run() {
-    int const num_pieces = Traits::kPieces * params.division.tiles.num_tiles();
+    int const num_shares = Traits::kWarpgroups * params.division.tiles.num_tiles();
     int next = 0;
     if (lane_idx() == 0) {
       next = atomicAdd(params.workspace.next + 1, 1);
     }
     while (true) {
       int const idx = __shfl_sync(0xffffffffu, next, 0);
-      if (idx >= num_pieces) {
+      if (idx >= num_shares) {
         break;
       }
-      convert(idx / Traits::kPieces, idx % Traits::kPieces, next);
+      convert(idx / Traits::kWarpgroups, idx % Traits::kWarpgroups, next);
     }
     if (lane_idx() == 0) {
       announce();

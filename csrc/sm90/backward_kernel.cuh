@@ -32,11 +32,9 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     mbarrier_init(smem_address(&barrier), arrivals);
   };
   constexpr int kReaders = Traits::kComputingWarps;
-  for (int stage = 0; stage < Traits::kQStages; ++stage) {
+  for (int stage = 0; stage < Traits::kStages; ++stage) {
     init(shared.q_full[stage], 1);
     init(shared.q_empty[stage], kReaders);
-  }
-  for (int stage = 0; stage < Traits::kStages; ++stage) {
     init(shared.dout_full[stage], 1);
     init(shared.dout_empty[stage], kReaders);
     init(shared.ds_full[stage], kReaders);

@@ -15,9 +15,9 @@ void launch_backward(BackwardKernelParams const& params, int num_blocks, void* s
   int64_t const row_blocks = int64_t(shape.batch_size) * shape.num_heads *
                              (softmax_d_rows(shape.seqlen_q) / kRowsPerBlock);
   int64_t const num_sums = BackwardWorkspace::sums_bytes(kConfig, params.division) / 4;
-  flash::launch<preprocess_kernel<kConfig.dtype>>(
-      row_blocks, kPreprocessThreads, 0, stream, params.problem, params.workspace, num_sums,
-      BackwardWorkspace::num_counters(params.division));
+  flash::launch<preprocess_kernel<kConfig.dtype>>(row_blocks, kPreprocessThreads, 0, stream,
+                                                  params.problem, params.workspace, num_sums,
+                                                  BackwardWorkspace::num_counters(params.division));
   flash::launch_early<backward_kernel<BackwardTraits<kConfig>>>(
       num_blocks, kConfig.num_threads(), kConfig.smem_bytes(), stream, params);
 }

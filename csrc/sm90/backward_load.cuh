@@ -16,8 +16,8 @@ __device__ __forceinline__ WorkItem work_item(BackwardKernelParams const& params
   }
   int const num_heads_k = params.problem.shape.num_heads_k;
   Tile const tile = items.tile(item_idx);
-  BlockRange const range = m_block_range(
-      tile_grid(params.problem, Traits::kTileM, Traits::kTileN), tile.block);
+  BlockRange const range =
+      m_block_range(tile_grid(params.problem, Traits::kTileM, Traits::kTileN), tile.block);
   return {tile.block, tile.batch_head % num_heads_k, tile.batch_head / num_heads_k, range.min,
           range.max};
 }
@@ -27,15 +27,14 @@ struct BackwardLoader {
   static constexpr Sm90BackwardConfig kConfig = Traits::kConfig;
   BackwardKernelParams const& params;
   typename Traits::SharedStorage& shared;
-  Ring<Traits::kQStages> q;
+  Ring<Traits::kStages> q;
   Ring<Traits::kStages> dout;
   uint32_t key_phase = 0;
 
   /// Copies rows from `row` on of one head.
   template <class Tile>
   static __device__ __forceinline__ void load_rows(CUtensorMap const& map, char* tile,
-                                                   uint32_t barrier, int row, int head,
-                                                   int batch) {
+                                                   uint32_t barrier, int row, int head, int batch) {
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
       tma_load(smem_address(tile) + block * Tile::kBlockBytes, map, barrier,
@@ -101,10 +100,10 @@ struct BackwardLoader {
   __device__ __forceinline__ void wait_for_slot(int key_head, int query_tile) const {
     BackwardDivision const& division = params.division;
     if (key_head >= division.slots) {
-      int const* const converted =
-          params.workspace.converted +
-          int64_t(key_head - division.slots) * division.query_tiles + query_tile;
-      while (load_acquire(converted) < Traits::kPieces) {
+      int const* const converted = params.workspace.converted +
+                                   int64_t(key_head - division.slots) * division.query_tiles +
+                                   query_tile;
+      while (load_acquire(converted) < Traits::kWarpgroups) {
         __nanosleep(64);
       }
       fence_async_proxy_global();  // the zeros are plain stores, the additions are not

@@ -23,11 +23,11 @@ struct BackwardDivision {
 
 /// BackwardParams::workspace. The preprocess kernel clears all of it.
 struct BackwardWorkspace {
-  float* dq_sums;   // [slots, query_tiles, tile_m * head_dim of the kernel], in fragment order
-  float* lse_log2;  // [batch, heads, softmax_d_rows(seqlen_q)], softmax_lse * log2(e)
-  int* next;        // [2]: items and conversions drawn
+  float* dq_sums;    // [slots, query_tiles, tile_m * head_dim of the kernel], in fragment order
+  float* lse_log2;   // [batch, heads, softmax_d_rows(seqlen_q)], softmax_lse * log2(e)
+  int* next;         // [2]: items and conversions drawn
   int* contributed;  // [key_heads, query_tiles]: key tiles whose share is in the sums
-  int* converted;    // [key_heads, query_tiles]: pieces of the tile written to dq
+  int* converted;    // [key_heads, query_tiles]: shares of the tile written to dq
 
   static constexpr int64_t lse_bytes(Shape const& shape) {
     return int64_t(shape.batch_size) * shape.num_heads * softmax_d_rows(shape.seqlen_q) *
@@ -46,9 +46,9 @@ struct BackwardWorkspace {
 /// The problem, the boxes that the copy engine fetches and stores, and who computes what.
 struct BackwardKernelParams {
   BackwardParams problem;
-  CUtensorMap q, dout;       // boxes of tile_m rows
-  CUtensorMap k, v;          // boxes of tile_n rows
-  CUtensorMap dk, dv;        // boxes of 64 rows
+  CUtensorMap q, dout;  // boxes of tile_m rows
+  CUtensorMap k, v;     // boxes of tile_n rows
+  CUtensorMap dk, dv;   // boxes of 64 rows
   BackwardDivision division;
   BackwardWorkspace workspace;
 };

@@ -21,7 +21,6 @@ struct BackwardTraits {
   static constexpr Sm90BackwardConfig kConfig = kConfig_;
   static constexpr DType kDType = kConfig.dtype;
   static constexpr int kTileM = kConfig.tile_m, kTileN = kConfig.tile_n;
-  static constexpr int kQStages = Sm90BackwardConfig::kQStages;
   static constexpr int kStages = Sm90BackwardConfig::kStages;
   static constexpr int kWarpgroups = kConfig.num_warpgroups();  // those that compute
   static constexpr int kComputingWarps = 4 * kWarpgroups;
@@ -29,7 +28,7 @@ struct BackwardTraits {
   using TileDout = SmemTile<kTileM, kConfig.head_dim_v>;
   using TileK = SmemTile<kTileN, kConfig.head_dim>;
   using TileV = SmemTile<kTileN, kConfig.head_dim_v>;
-  using TileDs = SmemTile<kTileN, kTileM>;  // rows are keys
+  using TileDs = SmemTile<kTileN, kTileM>;        // rows are keys
   using TileDk = SmemTile<64, kConfig.head_dim>;  // of a warpgroup
   using TileDv = SmemTile<64, kConfig.head_dim_v>;
 
@@ -42,14 +41,8 @@ struct BackwardTraits {
   static constexpr int kStripBytes = kDqCols / 8 * kFragmentBytes;  // of a warp
   static constexpr int kShareBytes = 4 * kStripBytes;               // of a warpgroup
   static constexpr int kDqBytes = kWarpgroups * kShareBytes;
-  static_assert(kDqBytes == kTileM * kConfig.head_dim * 4 && (kDqByRows || kTileM == 64));
-
-  // A piece is what a converting warp takes at once: some strips of a share.
-  static constexpr int kConvertingWarps = Sm90BackwardConfig::kWarpsDq;
-  static constexpr int kPieces = Sm90BackwardConfig::kPiecesDq;
-  static constexpr int kPieceBytes = kDqBytes / kPieces;
-  static constexpr int kStripsPerPiece = kPieceBytes / kStripBytes;
-  static constexpr int kPiecesPerShare = kPieces / kWarpgroups;
+  static_assert(kShareBytes == kConfig.share_bytes() && (kDqByRows || kTileM == 64));
+  static constexpr int kConvertingWarps = Sm90BackwardConfig::kConvertingWarps;
 
   // Registers a thread after the hand-over. The warpgroups' sum is what the launch allots, 504 of
   // the 512 that an SM has for 128 threads: asking for more hangs.
@@ -60,15 +53,15 @@ struct BackwardTraits {
   struct SharedStorage {
     alignas(1024) char k[TileK::kBytes];
     alignas(1024) char v[TileV::kBytes];
-    alignas(1024) char q[kQStages][TileQ::kBytes];
+    alignas(1024) char q[kStages][TileQ::kBytes];
     alignas(1024) char dout[kStages][TileDout::kBytes];
     alignas(1024) char ds[kStages][TileDs::kBytes];  // dK of warpgroup w leaves through buffer w
     alignas(1024) char outbox[kWarpgroups][kConfig.outbox_bytes()];
-    char landing[kConvertingWarps][kPieceBytes];
-    alignas(16) float lse_log2[kQStages][kTileM];
+    char landing[kConvertingWarps][kShareBytes];
+    alignas(16) float lse_log2[kStages][kTileM];
     alignas(16) float softmax_d[kStages][kTileM];
     WorkItem item;
-    uint64_t q_full[kQStages], q_empty[kQStages];
+    uint64_t q_full[kStages], q_empty[kStages];
     uint64_t dout_full[kStages], dout_empty[kStages];
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t ds_full[kStages], ds_empty[kStages];

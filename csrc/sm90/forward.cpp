@@ -1,6 +1,5 @@
-#include "sm90/launch.h"
-
 #include "config/compiled_rows.h"
+#include "sm90/launch.h"
 #include "sm90/tensor_map.h"
 #include "sm90/tile_counter.h"
 #include "sm90/unit.h"

@@ -18,8 +18,8 @@ struct ForwardUnit {
 /// Every compiled row of kSm90BackwardRows with this head_dim.
 template <int kHeadDim>
 struct BackwardUnit {
-  /// Launches `config`, its main kernel with `num_blocks` thread blocks; false if it is not a row of
-  /// this unit.
+  /// Launches `config`, its main kernel with `num_blocks` thread blocks; false if it is not a row
+  /// of this unit.
   static bool launch(Sm90BackwardConfig const& config, BackwardKernelParams const& params,
                      int num_blocks, void* stream);
 };
