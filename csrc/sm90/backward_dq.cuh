@@ -164,7 +164,7 @@ struct BackwardConverter {
       return scale != 0.f ? pack2<Traits::kDType>(x * scale, y * scale) : 0u;
     };
 #pragma unroll 2
-    for (int j = 0; j < Traits::kDqCols / 8; j += 2) {
+    for (int j = 0; j < Traits::kGroupCols / 8; j += 2) {
       float4 const a = load_shared_float4(strip + j * Traits::kFragmentBytes);
       float4 const b = load_shared_float4(strip + (j + 1) * Traits::kFragmentBytes);
       bool const is_col = 8 * j < cols_left;
@@ -222,7 +222,7 @@ struct BackwardConverter {
     BackwardParams const& problem = params.problem;
     int const row =
         m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * share : 0) + lane_idx() / 4;
-    int const col = (Traits::kDqByRows ? 0 : Traits::kDqCols * share) + lane_idx() % 2 * 8 +
+    int const col = (Traits::kDqByRows ? 0 : Traits::kGroupCols * share) + lane_idx() % 2 * 8 +
                     lane_idx() % 4 / 2 * 4;
     int64_t const row_bytes = problem.dq.row_stride * 2;
     char* target = static_cast<char*>(problem.dq.ptr) +

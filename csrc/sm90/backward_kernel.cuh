@@ -86,12 +86,7 @@ __global__ void __launch_bounds__(Traits::kConfig.num_threads(), 1)
     }
   } else {
     setmaxnreg_inc<Traits::kComputeRegisters>();
-    BackwardWarpgroup<Traits>{.params = params,
-                              .shared = shared,
-                              .warpgroup_idx = warpgroup_idx - 1,
-                              .scale_log2 = params.problem.softmax_scale * kLog2E,
-                              .warp_idx = __shfl_sync(0xffffffffu, int(threadIdx.x / 32 % 4), 0)}
-        .run();
+    BackwardWarpgroup<Traits>(params, shared, warpgroup_idx - 1).run();
   }
 }
 

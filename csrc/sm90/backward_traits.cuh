@@ -22,6 +22,7 @@ struct BackwardTraits {
   static constexpr DType kDType = kConfig.dtype;
   static constexpr int kTileM = kConfig.tile_m, kTileN = kConfig.tile_n;
   static constexpr int kStages = Sm90BackwardConfig::kStages;
+  static constexpr int kDoutStages = kStages;
   static constexpr int kWarpgroups = kConfig.num_warpgroups();  // those that compute
   static constexpr int kComputingWarps = 4 * kWarpgroups;
   using TileQ = SmemTile<kTileM, kConfig.head_dim>;
@@ -36,9 +37,9 @@ struct BackwardTraits {
   // those of a warp (16 rows) one behind the other. Two query blocks of 64 rows are split by rows,
   // one is split by columns.
   static constexpr bool kDqByRows = kTileM == 128;
-  static constexpr int kDqCols = kDqByRows ? kConfig.head_dim : kConfig.head_dim / kWarpgroups;
+  static constexpr int kGroupCols = kDqByRows ? kConfig.head_dim : kConfig.head_dim / kWarpgroups;
   static constexpr int kFragmentBytes = 16 * 8 * 4;
-  static constexpr int kStripBytes = kDqCols / 8 * kFragmentBytes;  // of a warp
+  static constexpr int kStripBytes = kGroupCols / 8 * kFragmentBytes;  // of a warp
   static constexpr int kShareBytes = 4 * kStripBytes;               // of a warpgroup
   static constexpr int kDqBytes = kWarpgroups * kShareBytes;
   static_assert(kShareBytes == kConfig.share_bytes() && (kDqByRows || kTileM == 64));

@@ -1,0 +1,220 @@
+// What every computing warpgroup of the sm90 backward is made of: barriers, mask, products, and the
+// arithmetic between them. Rows of its 64-row products are keys.
+#pragma once
+
+#include "arith/block_range.h"
+#include "device/wgmma.cuh"
+#include "sm90/backward_load.cuh"
+#include "sm90/row_softmax.cuh"
+
+namespace flash::sm90 {
+
+template <class Traits>
+struct BackwardCore {
+  static constexpr Sm90BackwardConfig kConfig = Traits::kConfig;
+  static constexpr DType kDType = Traits::kDType;
+  static constexpr int kFragmentsS = Traits::kTileM / 8, kStepsM = Traits::kTileM / 16;
+  using TileQ = typename Traits::TileQ;
+  using TileDout = typename Traits::TileDout;
+  using TileK = typename Traits::TileK;
+  using TileV = typename Traits::TileV;
+  using TileDs = typename Traits::TileDs;
+  using Scores = float[kFragmentsS][4];  // 64 keys x tile_m queries
+  using Operand = uint32_t[kStepsM][4];  // the same as a left operand of 16 queries a step
+
+  BackwardKernelParams const& params;
+  typename Traits::SharedStorage& shared;
+  int warpgroup_idx;   // among the computing ones
+  int const warp_idx;  // in its warpgroup
+  float const scale_log2;
+  Ring<Traits::kStages> q;
+  Ring<Traits::kDoutStages> dout;
+  Ring<Traits::kStages> ds;
+  uint32_t key_phase = 0, outbox_phase = 0;
+
+  __device__ __forceinline__ BackwardCore(BackwardKernelParams const& params,
+                                          typename Traits::SharedStorage& shared,
+                                          int warpgroup_idx)
+      : params(params),
+        shared(shared),
+        warpgroup_idx(warpgroup_idx),
+        warp_idx(uniform(threadIdx.x / 32 % 4)),
+        scale_log2(params.problem.softmax_scale * kLog2E) {}
+
+  static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
+  static __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t phase) {
+    mbarrier_wait(smem_address(&barrier), phase);
+  }
+  static __device__ __forceinline__ void arrive(uint64_t& barrier) {
+    if (lane_idx() == 0) {
+      mbarrier_arrive(smem_address(&barrier));
+    }
+  }
+  /// Makes what this warp has written to shared memory the copy engine's.
+  static __device__ __forceinline__ void hand_over(uint64_t& full) {
+    fence_async_proxy();
+    __syncwarp();
+    arrive(full);
+  }
+  static __device__ __forceinline__ int uniform(int value) {
+    return __shfl_sync(0xffffffffu, value, 0);
+  }
+
+  __device__ __forceinline__ char* open_outbox() {
+    wait(shared.outbox_empty[warpgroup_idx], outbox_phase ^ 1);
+    outbox_phase ^= 1;
+    return shared.outbox[warpgroup_idx];
+  }
+
+  // ---- Mask ----
+
+  /// Query tiles that need no element mask for the 64 keys from key_begin on, a multiple of 64.
+  __device__ __forceinline__ BlockRange full_range(int key_begin) const {
+    if (key_begin + 64 > params.problem.shape.seqlen_k) {
+      return {0, 0};
+    }
+    return full_m_block_range(tile_grid(params.problem, Traits::kTileM, 64), key_begin / 64);
+  }
+  /// Hides the queries that don't see a key, and all from keys beyond the end.
+  __device__ __forceinline__ void mask(Scores& scores, int key_begin, int m_block) const {
+    Shape const& shape = params.problem.shape;
+    int const lane_col = m_block * Traits::kTileM + lane_idx() % 4 * 2;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      int const key = key_begin + warp_idx * 16 + half * 8 + lane_idx() / 4;
+      KeyRange const rows =
+          visible_keys(transposed(params.problem.mask), key, shape.seqlen_k, shape.seqlen_q);
+      mask_row(scores, half, rows.begin - lane_col,
+               (key < shape.seqlen_k ? rows.end : 0) - lane_col);
+    }
+  }
+
+  // ---- Products ----
+
+  /// S^T or dP^T: 64 rows of `keys` times rows of `queries`.
+  template <class TileKeys, class TileQueries>
+  __device__ __forceinline__ void issue_scores(Scores& scores, char* keys, int first_key,
+                                               char* rows) const {
+    uint64_t const a = advanced(wgmma_descriptor<TileKeys>(smem_address(keys)),
+                                first_key * TileKeys::kRowBytes);
+    uint64_t const b = wgmma_descriptor<TileQueries>(smem_address(rows));
+#pragma unroll
+    for (int step = 0; step < TileKeys::kCols / 16; ++step) {
+      Wgmma<Traits::kTileM, kDType>::template ss<false>(
+          scores, advanced(a, columns_step<TileKeys>(step)),
+          advanced(b, columns_step<TileQueries>(step)), step > 0);
+    }
+    wgmma_commit();
+  }
+  /// dV += P^T dO or dK += dS^T Q.
+  template <class TileQueries, int kFragments>
+  __device__ __forceinline__ void issue_gradient(float (&gradient)[kFragments][4],
+                                                 Operand const& left, char* rows,
+                                                 int has_sums) const {
+    uint64_t const b = wgmma_descriptor<TileQueries>(smem_address(rows));
+#pragma unroll
+    for (int step = 0; step < kStepsM; ++step) {
+      Wgmma<kFragments * 8, kDType>::template rs<true>(
+          gradient, left[step], advanced(b, rows_step<TileQueries>(step)), step > 0 ? 1 : has_sums);
+    }
+    wgmma_commit();
+  }
+
+  // ---- Arithmetic ----
+
+  /// P^T in both precisions: scores become fp32 probabilities.
+  __device__ __forceinline__ void exponentiate(Scores& scores, Operand& p) const {
+    uint32_t const lse = smem_address(shared.lse_log2[q.stage]) + lane_idx() % 4 * 8;
+#pragma unroll
+    for (int n = 0; n < kFragmentsS; ++n) {
+      float2 const row_lse = load_shared_float2(lse + n * 32);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float const left = exp2_approx(fmaf(scores[n][2 * half], scale_log2, -row_lse.x));
+        float const right = exp2_approx(fmaf(scores[n][2 * half + 1], scale_log2, -row_lse.y));
+        p[n / 2][n % 2 * 2 + half] = pack2<kDType>(left, right);
+      }
+    }
+  }
+  /// dS^T = P^T (dP^T - softmax_d) with P as it went into dV.
+  __device__ __forceinline__ void differentiate(Scores const& dp, Operand const& p,
+                                                Operand& ds) const {
+    uint32_t const softmax_d = smem_address(shared.softmax_d[dout.stage]) + lane_idx() % 4 * 8;
+#pragma unroll
+    for (int n = 0; n < kFragmentsS; ++n) {
+      float2 const row_d = load_shared_float2(softmax_d + n * 32);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float2 const probability = unpack2<kDType>(p[n / 2][n % 2 * 2 + half]);
+        ds[n / 2][n % 2 * 2 + half] =
+            pack2<kDType>(probability.x * (dp[n][2 * half] - row_d.x),
+                          probability.y * (dp[n][2 * half + 1] - row_d.y));
+      }
+    }
+  }
+  /// 16 rows of a warp of packed fragments, into a tile in which the warpgroup's rows begin with
+  /// first_row.
+  template <class Tile, int kSteps>
+  __device__ __forceinline__ void store_rows(uint32_t const (&packed)[kSteps][4], char* tile,
+                                             int first_row) const {
+    int const row = first_row + warp_idx * 16 + lane_idx() % 16;
+    uint32_t const row_address = smem_address(tile) + row * Tile::kRowBytes;
+    uint32_t const chunk_offset = (lane_idx() / 16 ^ Tile::swizzle(row)) << 4;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      stmatrix_x4(Tile::moved(row_address, chunk_offset, 0, 16 * step), packed[step][0],
+                  packed[step][1], packed[step][2], packed[step][3]);
+    }
+  }
+  /// 64 rows of a gradient, scaled, into a tile of their own, from `gradient`'s fragment
+  /// kFirstFragment on.
+  template <class Tile, int kFirstFragment, int kFragments>
+  __device__ __forceinline__ void store_gradient(float const (&gradient)[kFragments][4],
+                                                 float scale, char* tile) const {
+    uint32_t packed[Tile::kCols / 16][4];
+#pragma unroll
+    for (int step = 0; step < Tile::kCols / 16; ++step) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float const* const pair = &gradient[kFirstFragment + 2 * step + i / 2][i % 2 * 2];
+        packed[step][i] = pack2<kDType>(pair[0] * scale, pair[1] * scale);
+      }
+    }
+    store_rows<Tile>(packed, tile, 0);
+  }
+  template <int kFragments>
+  static __device__ __forceinline__ void clear(float (&gradient)[kFragments][4]) {
+#pragma unroll
+    for (int n = 0; n < kFragments; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        gradient[n][e] = 0.f;
+      }
+    }
+  }
+
+  // ---- Query tiles ----
+
+  /// Calls step(m_block, needs_mask) for the query tiles of an item in the order of
+  /// for_each_query_tile(), the first by itself as first(m_block, needs_mask).
+  template <class First, class Step>
+  __device__ __forceinline__ void walk(WorkItem const& item, int key_begin, First const& first,
+                                       Step const& step) {
+    BlockRange const full = full_range(key_begin);
+    int const m_min = uniform(item.m_min), m_max = uniform(item.m_max);
+    int const full_min = uniform(full.min), full_max = uniform(full.max);
+    auto const needs_mask = [&](int m_block) { return m_block < full_min || m_block >= full_max; };
+    int const steps = params.problem.shape.query_heads_per_key_head() * (m_max - m_min);
+    int m_block = m_max - 1;
+    first(m_block, needs_mask(m_block));
+    // Else what the first step derives from it is held in registers for the others, and spills.
+    warpgroup_idx = uniform(warpgroup_idx);
+#pragma unroll 1
+    for (int i = 1; i < steps; ++i) {
+      m_block = m_block == m_min ? m_max - 1 : m_block - 1;
+      step(m_block, needs_mask(m_block));
+    }
+  }
+};
+
+}  // namespace flash::sm90
