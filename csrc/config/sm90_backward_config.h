@@ -7,37 +7,45 @@
 namespace flash {
 
 /// One compiled kernel: persistent thread blocks of one warpgroup that moves data and two that
-/// compute. The first fields say what it serves, the rest is tuning.
+/// compute. These own 64 keys each, or share 64 (is_paired()): then one makes P and dV, the other
+/// dS and dK. The first fields say what it serves, the rest is tuning.
 struct Sm90BackwardConfig {
   DType dtype;
   int head_dim, head_dim_v;  // columns of the tiles; smaller ones are filled up with zeros
   int tile_m, tile_n;        // a thread block owns tile_n keys and walks query tiles of tile_m rows
+  int dout_stages;           // buffers of dO
+  int landing_strips;        // buffers of 16 rows of dq sums in which a warp converts them
 
   static constexpr int kArch = 90;
-  static constexpr int kStages = 2;           // buffers of Q, dO and dS
-  static constexpr int kConvertingWarps = 2;  // each takes a warpgroup's share of a dq tile at once
+  static constexpr int kStages = 2;           // buffers of Q and dS
+  static constexpr int kConvertingWarps = 2;  // of dq
+  static constexpr int kWarpgroups = 2;       // those that compute
 
-  constexpr int num_warpgroups() const { return 2; }  // those that compute
-  constexpr int num_threads() const { return 128 * (num_warpgroups() + 1); }
-  /// Of a query tile's fp32 dQ, what a warpgroup computes and a converting warp converts.
-  constexpr int share_bytes() const {
-    return tile_m * head_dim * int(sizeof(float)) / num_warpgroups();
+  constexpr bool is_paired() const { return tile_n == 64; }
+  constexpr int num_threads() const { return 128 * (kWarpgroups + 1); }
+
+  // dQ of a query tile is made and converted in groups of 64 rows: the blocks of 64 columns of a
+  // pair, else one for each warpgroup.
+  constexpr int num_groups() const { return is_paired() ? head_dim / 64 : kWarpgroups; }
+  constexpr int group_bytes() const {
+    return tile_m * head_dim * int(sizeof(float)) / num_groups();
   }
-  /// What leaves a warpgroup at once: its share of dQ, or dV of its keys.
+  /// What leaves a warpgroup at once: a group of dQ, or dV of its keys, or in a pair 128 columns of
+  /// dK or dV.
   constexpr int outbox_bytes() const {
-    return imax(share_bytes(), 64 * head_dim_v * element_size(dtype));
+    return imax(group_bytes(), 64 * imin(head_dim_v, 128) * element_size(dtype));
   }
   constexpr int smem_bytes() const {
     int const keys = tile_n * (head_dim + head_dim_v);
-    int const queries = kStages * tile_m * (head_dim + head_dim_v);
-    int const ds = kStages * tile_n * tile_m;
-    int const landing = kConvertingWarps * share_bytes();
-    int const statistics = 2 * kStages * tile_m * int(sizeof(float));
+    int const queries = tile_m * (kStages * head_dim + dout_stages * head_dim_v);
+    int const probabilities = (kStages + (is_paired() ? 1 : 0)) * tile_n * tile_m;  // dS, P
+    int const landing = kConvertingWarps * landing_strips * group_bytes() / 4;
+    int const statistics = (kStages + dout_stages) * tile_m * int(sizeof(float));
     constexpr int kItem = 32, kTileAlignment = 1024;
-    int const barriers =
-        int(sizeof(uint64_t)) * (6 * kStages + 5 + 3 * num_warpgroups() + kConvertingWarps);
-    return round_up((keys + queries + ds) * element_size(dtype) +
-                        num_warpgroups() * outbox_bytes() + landing + statistics + kItem + barriers,
+    int const barriers = 4 * kStages + 2 * dout_stages + 7 + 3 * kWarpgroups + kConvertingWarps;
+    return round_up((keys + queries + probabilities) * element_size(dtype) +
+                        kWarpgroups * outbox_bytes() + landing + statistics + kItem +
+                        int(sizeof(uint64_t)) * barriers,
                     kTileAlignment);
   }
   constexpr RowName name() const {
@@ -50,10 +58,13 @@ struct Sm90BackwardConfig {
 template <DType kDType>
 inline constexpr Sm90BackwardConfig kSm90BackwardRows[] = {
     // clang-format off
-    // dtype   d  d_v   m    n
-    {kDType,  64,  64, 128, 128},
-    {kDType,  96,  96,  64, 128},
-    {kDType, 128, 128,  64, 128},
+    // dtype   d  d_v   m    n  dout landing
+    {kDType,  64,  64, 128, 128,  2,   4},
+    {kDType,  96,  96,  64, 128,  2,   4},
+    {kDType, 128, 128,  64, 128,  2,   4},
+    {kDType, 192, 128,  64,  64,  2,   4},
+    {kDType, 192, 192,  64,  64,  1,   4},
+    {kDType, 256, 256,  64,  64,  1,   1},
     // clang-format on
 };
 

@@ -56,9 +56,10 @@ BackwardDivision divide(Sm90BackwardConfig const& config, Shape const& shape, in
           .tiles = {query_tiles, key_heads, section, true}};
 }
 
-/// Tiles and counters are numbered by ints.
-bool can_number(BackwardDivision const& division) {
-  return division.num_tiles() < INT_MAX / 4 &&
+/// Tiles and counters are numbered by ints, 16 bytes of the sums by 32 bits.
+bool can_number(Sm90BackwardConfig const& config, BackwardDivision const& division) {
+  return BackwardWorkspace::sums_bytes(config, division) / 16 <= UINT32_MAX &&
+         division.num_tiles() < INT_MAX / 4 &&
          int64_t(division.items.num_blocks) * division.key_heads < INT_MAX;
 }
 
@@ -69,7 +70,7 @@ bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
   Views const views = views_of(params, config.dtype);
   return is_addressable(views.q) && is_addressable(views.k) && is_addressable(views.v) &&
          is_addressable(views.dout) && is_addressable(views.dk) && is_addressable(views.dv) &&
-         can_number(divide(config, params.shape, device.num_sms));
+         can_number(config, divide(config, params.shape, device.num_sms));
 }
 
 std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, Shape const& shape,

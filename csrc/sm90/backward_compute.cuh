@@ -57,7 +57,6 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     hand_over(shared.outbox_full[warpgroup_idx]);
   }
 
-
   /// Only one warpgroup at a time issues S and dP: so the other one's exponentials and dS run
   /// beside them, and not beside its own.
   __device__ __forceinline__ void take_turn() const { named_barrier_sync(1 + warpgroup_idx, 256); }
@@ -163,10 +162,15 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
       wait(shared.v_full, key_phase);
       if (item.m_min < item.m_max) {
         int const key_begin = item.n_block * Traits::kTileN + warpgroup_idx * 64;
-        this->walk(
-            item, key_begin,
-            [&](int m_block, bool needs_mask) { step<true>(key_begin, m_block, needs_mask); },
-            [&](int m_block, bool needs_mask) { step<false>(key_begin, m_block, needs_mask); });
+        auto walk = this->walk(item, key_begin);
+        step<true>(key_begin, walk.m_block, walk.needs_mask());
+        // Else what the first step derives from it is held in registers for the others, and spills.
+        warpgroup_idx = this->uniform(warpgroup_idx);
+#pragma unroll 1
+        while (walk.steps_left > 1) {
+          walk.advance();
+          step<false>(key_begin, walk.m_block, walk.needs_mask());
+        }
         finish_steps();
       } else {
         wait(shared.dk_empty, key_phase ^ 1);

@@ -33,8 +33,7 @@ struct BackwardCore {
   uint32_t key_phase = 0, outbox_phase = 0;
 
   __device__ __forceinline__ BackwardCore(BackwardKernelParams const& params,
-                                          typename Traits::SharedStorage& shared,
-                                          int warpgroup_idx)
+                                          typename Traits::SharedStorage& shared, int warpgroup_idx)
       : params(params),
         shared(shared),
         warpgroup_idx(warpgroup_idx),
@@ -95,8 +94,8 @@ struct BackwardCore {
   template <class TileKeys, class TileQueries>
   __device__ __forceinline__ void issue_scores(Scores& scores, char* keys, int first_key,
                                                char* rows) const {
-    uint64_t const a = advanced(wgmma_descriptor<TileKeys>(smem_address(keys)),
-                                first_key * TileKeys::kRowBytes);
+    uint64_t const a =
+        advanced(wgmma_descriptor<TileKeys>(smem_address(keys)), first_key * TileKeys::kRowBytes);
     uint64_t const b = wgmma_descriptor<TileQueries>(smem_address(rows));
 #pragma unroll
     for (int step = 0; step < TileKeys::kCols / 16; ++step) {
@@ -195,25 +194,30 @@ struct BackwardCore {
 
   // ---- Query tiles ----
 
-  /// Calls step(m_block, needs_mask) for the query tiles of an item in the order of
-  /// for_each_query_tile(), the first by itself as first(m_block, needs_mask).
-  template <class First, class Step>
-  __device__ __forceinline__ void walk(WorkItem const& item, int key_begin, First const& first,
-                                       Step const& step) {
-    BlockRange const full = full_range(key_begin);
-    int const m_min = uniform(item.m_min), m_max = uniform(item.m_max);
-    int const full_min = uniform(full.min), full_max = uniform(full.max);
-    auto const needs_mask = [&](int m_block) { return m_block < full_min || m_block >= full_max; };
-    int const steps = params.problem.shape.query_heads_per_key_head() * (m_max - m_min);
-    int m_block = m_max - 1;
-    first(m_block, needs_mask(m_block));
-    // Else what the first step derives from it is held in registers for the others, and spills.
-    warpgroup_idx = uniform(warpgroup_idx);
-#pragma unroll 1
-    for (int i = 1; i < steps; ++i) {
-      m_block = m_block == m_min ? m_max - 1 : m_block - 1;
-      step(m_block, needs_mask(m_block));
+  /// Where a warpgroup is among the query tiles of an item, in the order of for_each_query_tile().
+  struct Walk {
+    int m_min, m_max;
+    BlockRange full;  // tiles that need no element mask
+    int steps_left;   // with this one
+    int m_block;
+
+    __device__ __forceinline__ bool needs_mask() const {
+      return m_block < full.min || m_block >= full.max;
     }
+    __device__ __forceinline__ void advance() {
+      m_block = m_block == m_min ? m_max - 1 : m_block - 1;
+      --steps_left;
+    }
+  };
+  __device__ __forceinline__ Walk walk(WorkItem const& item, int key_begin) const {
+    int const m_min = uniform(item.m_min), m_max = uniform(item.m_max);
+    int const group_size = params.problem.shape.query_heads_per_key_head();
+    BlockRange const full = full_range(key_begin);
+    return {m_min,
+            m_max,
+            {uniform(full.min), uniform(full.max)},
+            group_size * (m_max - m_min),
+            m_max - 1};
   }
 };
 

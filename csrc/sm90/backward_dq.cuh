@@ -8,26 +8,24 @@
 
 namespace flash::sm90 {
 
-/// Empties the outboxes of the computing warpgroups: their shares of dQ tile by tile, then dV; and
+/// Empties the outboxes of the computing warpgroups: their groups of dQ tile by tile, then dV; and
 /// sends dK.
 template <class Traits>
 struct BackwardSender {
+  static constexpr Sm90BackwardConfig kConfig = Traits::kConfig;
   BackwardKernelParams const& params;
   typename Traits::SharedStorage& shared;
-  uint32_t outbox_phase = 0;
+  uint32_t outbox_phases = 0;  // bit w: of warpgroup w
 
-  /// Calls send(warpgroup, outbox), which starts copies, for each warpgroup's next parcel.
+  /// Calls send(outbox), which starts copies, for the warpgroup's next parcel.
   template <class Send>
-  __device__ __forceinline__ void for_each_parcel(Send const& send) {
-#pragma unroll 1
-    for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
-      mbarrier_wait(smem_address(&shared.outbox_full[warpgroup]), outbox_phase);
-      send(warpgroup, smem_address(shared.outbox[warpgroup]));
-      tma_store_commit();
-      tma_store_wait_read();
-      mbarrier_arrive(smem_address(&shared.outbox_empty[warpgroup]));
-    }
-    outbox_phase ^= 1;
+  __device__ __forceinline__ void send_parcel(int warpgroup, Send const& send) {
+    mbarrier_wait(smem_address(&shared.outbox_full[warpgroup]), outbox_phases >> warpgroup & 1);
+    outbox_phases ^= 1u << warpgroup;
+    send(smem_address(shared.outbox[warpgroup]));
+    tma_store_commit();
+    tma_store_wait_read();
+    mbarrier_arrive(smem_address(&shared.outbox_empty[warpgroup]));
   }
   /// Deterministic sums: key tiles add in their own order.
   static __device__ __forceinline__ void wait_turn(int const* contributed, int turn) {
@@ -37,32 +35,50 @@ struct BackwardSender {
     fence_async_proxy_global();
   }
 
-  /// The gradient of a warpgroup's keys.
+  /// Column blocks of a gradient of 64 keys, from first_col on.
   template <class Tile>
   static __device__ __forceinline__ void store_keys(CUtensorMap const& map, uint32_t tile,
-                                                    WorkItem const& item, int warpgroup) {
+                                                    WorkItem const& item, int first_key,
+                                                    int first_col) {
     uint64_t const once = evict_first();
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
-      tma_store(map, tile + block * Tile::kBlockBytes, block * Tile::kBlockCols,
-                item.n_block * Traits::kTileN + warpgroup * 64, item.head_k, item.batch, once);
+      tma_store(map, tile + block * Tile::kBlockBytes, first_col + block * Tile::kBlockCols,
+                item.n_block * Traits::kTileN + first_key, item.head_k, item.batch, once);
     }
   }
-  __device__ __forceinline__ void send_dk(WorkItem const& item, uint32_t phase) {
+  __device__ __forceinline__ void send_gradients(WorkItem const& item, uint32_t phase) {
 #pragma unroll 1
     for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
       mbarrier_wait(smem_address(&shared.dk_full[warpgroup]), phase);
-      store_keys<typename Traits::TileDk>(params.dk, smem_address(shared.ds[warpgroup]), item,
-                                          warpgroup);
+      store_keys<SmemTile<64, kConfig.head_dim>>(params.dk, smem_address(shared.ds[warpgroup]),
+                                                 item, 64 * warpgroup, 0);
     }
     tma_store_commit();
     tma_store_wait_read();
     mbarrier_arrive(smem_address(&shared.dk_empty));
+#pragma unroll 1
+    for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
+      send_parcel(warpgroup, [&](uint32_t outbox) {
+        store_keys<SmemTile<64, kConfig.head_dim_v>>(params.dv, outbox, item, 64 * warpgroup, 0);
+      });
+    }
   }
-  __device__ __forceinline__ void send_dv(WorkItem const& item) {
-    for_each_parcel([&](int warpgroup, uint32_t outbox) {
-      store_keys<typename Traits::TileDv>(params.dv, outbox, item, warpgroup);
-    });
+  /// A pair has dV in its first warpgroup and dK in its second, 128 columns a parcel.
+  template <int kFirstCol>
+  __device__ __forceinline__ void send_columns_of_pair(WorkItem const& item) {
+    if constexpr (kFirstCol < kConfig.head_dim_v) {
+      send_parcel(0, [&](uint32_t outbox) {
+        using Tile = SmemTile<64, imin(128, kConfig.head_dim_v - kFirstCol)>;
+        store_keys<Tile>(params.dv, outbox, item, 0, kFirstCol);
+      });
+    }
+    if constexpr (kFirstCol < kConfig.head_dim) {
+      send_parcel(1, [&](uint32_t outbox) {
+        using Tile = SmemTile<64, imin(128, kConfig.head_dim - kFirstCol)>;
+        store_keys<Tile>(params.dk, outbox, item, 0, kFirstCol);
+      });
+    }
   }
 
   /// A tile's addition is announced after the next one has been started: the wait for it is short
@@ -89,11 +105,16 @@ struct BackwardSender {
       if (params.problem.deterministic) {
         wait_turn(contributed + query_tile, item.n_block - n_block_range(grid, m_block).min);
       }
-      for_each_parcel([&](int warpgroup, uint32_t outbox) {
-        bulk_reduce_add(tile_sums + warpgroup * (Traits::kShareBytes / 4), outbox,
-                        Traits::kShareBytes);
-      });
-      tma_store_wait<Traits::kWarpgroups>();
+#pragma unroll 1
+      for (int i = 0; i < Traits::kGroups; ++i) {  // in turns, the first of each warpgroup first
+        int const warpgroup = i % Traits::kWarpgroups;
+        int const group = warpgroup * Traits::kGroupsOfWarpgroup + i / Traits::kWarpgroups;
+        send_parcel(warpgroup, [&](uint32_t outbox) {
+          bulk_reduce_add(tile_sums + group * (Traits::kGroupBytes / 4), outbox,
+                          Traits::kGroupBytes);
+        });
+      }
+      tma_store_wait<Traits::kGroups>();
       announce(previous);
       previous = query_tile;
     });
@@ -106,8 +127,12 @@ struct BackwardSender {
     for (uint32_t phase = 0; next_item<Traits>(shared, phase, item); phase ^= 1) {
       mbarrier_arrive(smem_address(&shared.k_empty));  // the item has been read
       send_dq(item);
-      send_dk(item, phase);
-      send_dv(item);
+      if constexpr (Traits::kPaired) {
+        send_columns_of_pair<0>(item);
+        send_columns_of_pair<128>(item);
+      } else {
+        send_gradients(item, phase);
+      }
     }
   }
 };
@@ -123,7 +148,7 @@ struct BackwardConverter {
 
   static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
 
-  /// Waits for the stores of the last share: late, when they are done.
+  /// Waits for the stores of the last group: late, when they are done.
   __device__ __forceinline__ void announce() {
     if (unannounced >= 0) {
       fence_gpu();
@@ -174,23 +199,29 @@ struct BackwardConverter {
     }
   }
 
-  __device__ __forceinline__ void fetch(float const* sums) {
+  __device__ __forceinline__ float4* sums_at(uint32_t idx) const {
+    return reinterpret_cast<float4*>(params.workspace.dq_sums) + idx;
+  }
+  static constexpr int kLandingBytes = Traits::kLandingStrips * Traits::kStripBytes;
+
+  /// Starts to bring strips of sums to the landing zone.
+  __device__ __forceinline__ void fetch(uint32_t sums) {
     uint32_t const landed = smem_address(&shared.landed[warp_idx]);
-    mbarrier_arrive_expect_tx(landed, Traits::kShareBytes);
-    bulk_load(smem_address(shared.landing[warp_idx]), sums, Traits::kShareBytes, landed);
+    mbarrier_arrive_expect_tx(landed, kLandingBytes);
+    bulk_load(smem_address(shared.landing[warp_idx]), sums_at(sums), kLandingBytes, landed);
   }
   /// Waits for what fetch() has started, and clears the sums.
-  __device__ __forceinline__ void land(float* sums) {
+  __device__ __forceinline__ void land(uint32_t sums) {
     mbarrier_wait(smem_address(&shared.landed[warp_idx]), phase);
     phase ^= 1;
-    auto* const lane_sums = reinterpret_cast<float4*>(sums) + lane_idx();
+    float4* const lane_sums = sums_at(sums + lane_idx());
 #pragma unroll 8
-    for (int i = 0; i < Traits::kShareBytes / 512; ++i) {
+    for (int i = 0; i < kLandingBytes / 512; ++i) {
       __stcg(lane_sums + 32 * i, float4{0.f, 0.f, 0.f, 0.f});
     }
   }
 
-  __device__ __forceinline__ void convert(int tile_idx, int share, int& next) {
+  __device__ __forceinline__ void convert(int tile_idx, int group, int& next) {
     BackwardDivision const& division = params.division;
     Shape const& shape = params.problem.shape;
     Tile const tile = division.tiles.tile(tile_idx);
@@ -202,10 +233,10 @@ struct BackwardConverter {
         n_block_range(tile_grid(params.problem, Traits::kTileM, Traits::kTileN), m_block);
     int const expected = contributors.max - contributors.min;
     int const counter = key_head * division.query_tiles + tile.block;
-    float* const sums = params.workspace.dq_sums +
-                        (int64_t(key_head % division.slots) * division.query_tiles + tile.block) *
-                            (Traits::kDqBytes / 4) +
-                        share * (Traits::kShareBytes / 4);
+    // In 16 bytes, of which there are fewer than 2^32.
+    uint32_t sums = uint32_t(key_head % division.slots * division.query_tiles + tile.block) *
+                        (Traits::kDqBytes / 16) +
+                    group * (Traits::kGroupBytes / 16);
     // Nobody adds to a tile that no key sees, and its slot may still be another key head's.
     if (lane_idx() == 0) {
       if (expected > 0) {
@@ -216,44 +247,53 @@ struct BackwardConverter {
       announce();
       unannounced = counter;
     }
-    if (expected > 0) {
-      land(sums);
-    }
     BackwardParams const& problem = params.problem;
     int const row =
-        m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * share : 0) + lane_idx() / 4;
-    int const col = (Traits::kDqByRows ? 0 : Traits::kGroupCols * share) + lane_idx() % 2 * 8 +
+        m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * group : 0) + lane_idx() / 4;
+    int const col = (Traits::kDqByRows ? 0 : Traits::kGroupCols * group) + lane_idx() % 2 * 8 +
                     lane_idx() % 4 / 2 * 4;
     int64_t const row_bytes = problem.dq.row_stride * 2;
     char* target = static_cast<char*>(problem.dq.ptr) +
                    (problem.dq.offset(key_head / shape.num_heads_k, head) + col) * 2 +
                    row * row_bytes;
     int rows_left = shape.seqlen_q - row;
-    uint32_t strip = smem_address(shared.landing[warp_idx]) + lane_idx() * 16;
+    uint32_t const landing = smem_address(shared.landing[warp_idx]) + lane_idx() * 16;
 #pragma unroll 1
-    for (int i = 0; i < 4; ++i) {
-      store_strip(strip, target, row_bytes, rows_left, shape.head_dim - col,
-                  expected > 0 ? problem.softmax_scale : 0.f);
-      strip += Traits::kStripBytes;
-      target += 16 * row_bytes;
-      rows_left -= 16;
+    for (int strip = 0; strip < 4; strip += Traits::kLandingStrips) {
+      if (expected > 0) {
+        if (strip > 0) {
+          __syncwarp();  // the landing zone has been read
+          sums += kLandingBytes / 16;
+          if (lane_idx() == 0) {
+            fetch(sums);
+          }
+        }
+        land(sums);
+      }
+#pragma unroll 1
+      for (int i = 0; i < Traits::kLandingStrips; ++i) {
+        store_strip(landing + i * Traits::kStripBytes, target, row_bytes, rows_left,
+                    shape.head_dim - col, expected > 0 ? problem.softmax_scale : 0.f);
+        target += 16 * row_bytes;
+        rows_left -= 16;
+      }
     }
     fence_async_proxy_global();  // the next owner's additions are not plain stores as the zeros are
     __syncwarp();                // the landing zone has been read
   }
 
   __device__ __forceinline__ void run() {
-    int const num_shares = Traits::kWarpgroups * params.division.tiles.num_tiles();
+    int const num_groups = Traits::kGroups * params.division.tiles.num_tiles();
     int next = 0;
     if (lane_idx() == 0) {
       next = atomicAdd(params.workspace.next + 1, 1);
     }
     while (true) {
       int const idx = __shfl_sync(0xffffffffu, next, 0);
-      if (idx >= num_shares) {
+      if (idx >= num_groups) {
         break;
       }
-      convert(idx / Traits::kWarpgroups, idx % Traits::kWarpgroups, next);
+      convert(idx / Traits::kGroups, idx % Traits::kGroups, next);
     }
     if (lane_idx() == 0) {
       announce();

@@ -23,6 +23,7 @@
 
 #include "sm90/backward_compute.cuh"
 #include "sm90/backward_dq.cuh"
+#include "sm90/backward_pair.cuh"
 
 namespace flash::sm90 {
 
@@ -32,13 +33,17 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
     mbarrier_init(smem_address(&barrier), arrivals);
   };
   constexpr int kReaders = Traits::kComputingWarps;
+  // Of a pair one warpgroup makes dS and reads V.
+  constexpr int kOfDs = Traits::kPaired ? 4 : kReaders, kReadersOfV = kOfDs;
   for (int stage = 0; stage < Traits::kStages; ++stage) {
     init(shared.q_full[stage], 1);
     init(shared.q_empty[stage], kReaders);
+    init(shared.ds_full[stage], kOfDs);
+    init(shared.ds_empty[stage], kReaders);
+  }
+  for (int stage = 0; stage < Traits::kDoutStages; ++stage) {
     init(shared.dout_full[stage], 1);
     init(shared.dout_empty[stage], kReaders);
-    init(shared.ds_full[stage], kReaders);
-    init(shared.ds_empty[stage], kReaders);
   }
   for (int warp = 0; warp < Traits::kConvertingWarps; ++warp) {
     init(shared.landed[warp], 1);
@@ -46,8 +51,10 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
   init(shared.k_full, 1);
   init(shared.k_empty, kReaders + 1);
   init(shared.v_full, 1);
-  init(shared.v_empty, kReaders);
+  init(shared.v_empty, kReadersOfV);
   init(shared.dk_empty, 1);
+  init(shared.p_full, 4);
+  init(shared.p_empty, 4);
   for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
     init(shared.outbox_full[warpgroup], 4);
     init(shared.outbox_empty[warpgroup], 1);
@@ -86,7 +93,13 @@ __global__ void __launch_bounds__(Traits::kConfig.num_threads(), 1)
     }
   } else {
     setmaxnreg_inc<Traits::kComputeRegisters>();
-    BackwardWarpgroup<Traits>(params, shared, warpgroup_idx - 1).run();
+    if constexpr (!Traits::kPaired) {
+      BackwardWarpgroup<Traits>(params, shared, warpgroup_idx - 1).run();
+    } else if (warpgroup_idx == 1) {
+      BackwardPairWarpgroup<Traits, true>(params, shared, 0).run();
+    } else {
+      BackwardPairWarpgroup<Traits, false>(params, shared, 1).run();
+    }
   }
 }
 

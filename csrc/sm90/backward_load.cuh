@@ -28,7 +28,7 @@ struct BackwardLoader {
   BackwardKernelParams const& params;
   typename Traits::SharedStorage& shared;
   Ring<Traits::kStages> q;
-  Ring<Traits::kStages> dout;
+  Ring<Traits::kDoutStages> dout;
   uint32_t key_phase = 0;
 
   /// Copies rows from `row` on of one head.
@@ -103,7 +103,7 @@ struct BackwardLoader {
       int const* const converted = params.workspace.converted +
                                    int64_t(key_head - division.slots) * division.query_tiles +
                                    query_tile;
-      while (load_acquire(converted) < Traits::kWarpgroups) {
+      while (load_acquire(converted) < Traits::kGroups) {
         __nanosleep(64);
       }
       fence_async_proxy_global();  // the zeros are plain stores, the additions are not

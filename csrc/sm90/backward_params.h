@@ -27,7 +27,7 @@ struct BackwardWorkspace {
   float* lse_log2;   // [batch, heads, softmax_d_rows(seqlen_q)], softmax_lse * log2(e)
   int* next;         // [2]: items and conversions drawn
   int* contributed;  // [key_heads, query_tiles]: key tiles whose share is in the sums
-  int* converted;    // [key_heads, query_tiles]: shares of the tile written to dq
+  int* converted;    // [key_heads, query_tiles]: groups of the tile written to dq
 
   static constexpr int64_t lse_bytes(Shape const& shape) {
     return int64_t(shape.batch_size) * shape.num_heads * softmax_d_rows(shape.seqlen_q) *

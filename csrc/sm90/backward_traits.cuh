@@ -1,6 +1,8 @@
 // Compile-time facts of one sm90 backward kernel: tiles, registers, shared memory, barriers.
 #pragma once
 
+#include <type_traits>
+
 #include "arith/block_range.h"
 #include "device/barrier.cuh"
 #include "device/smem_tile.cuh"
@@ -22,58 +24,66 @@ struct BackwardTraits {
   static constexpr DType kDType = kConfig.dtype;
   static constexpr int kTileM = kConfig.tile_m, kTileN = kConfig.tile_n;
   static constexpr int kStages = Sm90BackwardConfig::kStages;
-  static constexpr int kDoutStages = kStages;
-  static constexpr int kWarpgroups = kConfig.num_warpgroups();  // those that compute
+  static constexpr int kDoutStages = kConfig.dout_stages;
+  static constexpr bool kPaired = kConfig.is_paired();
+  static constexpr int kWarpgroups = Sm90BackwardConfig::kWarpgroups;  // those that compute
   static constexpr int kComputingWarps = 4 * kWarpgroups;
   using TileQ = SmemTile<kTileM, kConfig.head_dim>;
   using TileDout = SmemTile<kTileM, kConfig.head_dim_v>;
   using TileK = SmemTile<kTileN, kConfig.head_dim>;
   using TileV = SmemTile<kTileN, kConfig.head_dim_v>;
-  using TileDs = SmemTile<kTileN, kTileM>;        // rows are keys
-  using TileDk = SmemTile<64, kConfig.head_dim>;  // of a warpgroup
-  using TileDv = SmemTile<64, kConfig.head_dim_v>;
+  using TileDs = SmemTile<kTileN, kTileM>;  // rows are keys
 
-  // dQ of a query tile: each warpgroup makes 64 rows of its columns in fragments of 8 columns,
-  // those of a warp (16 rows) one behind the other. Two query blocks of 64 rows are split by rows,
-  // one is split by columns.
+  // A group of dQ lies in fragments of 8 columns, those of a warp (16 rows, a strip) one behind the
+  // other. Without pairs a tile of 128 queries is split by rows, one of 64 by columns.
   static constexpr bool kDqByRows = kTileM == 128;
-  static constexpr int kGroupCols = kDqByRows ? kConfig.head_dim : kConfig.head_dim / kWarpgroups;
+  static constexpr int kGroups = kConfig.num_groups();
+  static constexpr int kGroupsOfWarpgroup = kPaired ? 2 : 1;  // at most
+  static constexpr int kGroupCols = kDqByRows ? kConfig.head_dim : kConfig.head_dim / kGroups;
   static constexpr int kFragmentBytes = 16 * 8 * 4;
-  static constexpr int kStripBytes = kGroupCols / 8 * kFragmentBytes;  // of a warp
-  static constexpr int kShareBytes = 4 * kStripBytes;               // of a warpgroup
-  static constexpr int kDqBytes = kWarpgroups * kShareBytes;
-  static_assert(kShareBytes == kConfig.share_bytes() && (kDqByRows || kTileM == 64));
+  static constexpr int kStripBytes = kGroupCols / 8 * kFragmentBytes;
+  static constexpr int kGroupBytes = 4 * kStripBytes;
+  static constexpr int kDqBytes = kGroups * kGroupBytes;
+  static_assert(kGroupBytes == kConfig.group_bytes() && (kDqByRows || kTileM == 64));
   static constexpr int kConvertingWarps = Sm90BackwardConfig::kConvertingWarps;
+  static constexpr int kLandingStrips = kConfig.landing_strips;
 
   // Registers a thread after the hand-over. The warpgroups' sum is what the launch allots, 504 of
   // the 512 that an SM has for 128 threads: asking for more hangs.
   static constexpr int kHelperRegisters = 40, kComputeRegisters = 232;
 
+  struct Nothing {};
+  struct PairStorage {
+    alignas(16) uint32_t p[kTileM / 16][128][4];  // P^T, as each thread of either warpgroup has it
+  };
   // A *_full barrier ends its phase when a buffer is filled, an *_empty one when it may be
   // refilled.
   struct SharedStorage {
     alignas(1024) char k[TileK::kBytes];
     alignas(1024) char v[TileV::kBytes];
     alignas(1024) char q[kStages][TileQ::kBytes];
-    alignas(1024) char dout[kStages][TileDout::kBytes];
-    alignas(1024) char ds[kStages][TileDs::kBytes];  // dK of warpgroup w leaves through buffer w
+    alignas(1024) char dout[kDoutStages][TileDout::kBytes];
+    // Without pairs dK of warpgroup w leaves through buffer w.
+    alignas(1024) char ds[kStages][TileDs::kBytes];
     alignas(1024) char outbox[kWarpgroups][kConfig.outbox_bytes()];
-    char landing[kConvertingWarps][kShareBytes];
+    alignas(128) char landing[kConvertingWarps][kLandingStrips * kStripBytes];
+    std::conditional_t<kPaired, PairStorage, Nothing> pair;
     alignas(16) float lse_log2[kStages][kTileM];
-    alignas(16) float softmax_d[kStages][kTileM];
+    alignas(16) float softmax_d[kDoutStages][kTileM];
     WorkItem item;
     uint64_t q_full[kStages], q_empty[kStages];
-    uint64_t dout_full[kStages], dout_empty[kStages];
+    uint64_t dout_full[kDoutStages], dout_empty[kDoutStages];
     uint64_t k_full, k_empty, v_full, v_empty;
     uint64_t ds_full[kStages], ds_empty[kStages];
     uint64_t outbox_full[kWarpgroups], outbox_empty[kWarpgroups];
-    uint64_t dk_full[kWarpgroups], dk_empty;
+    uint64_t dk_full[kWarpgroups], dk_empty;  // without pairs
+    uint64_t p_full, p_empty;                 // of pairs
     uint64_t landed[kConvertingWarps];
   };
   static_assert(sizeof(SharedStorage) == kConfig.smem_bytes(), "table and kernel agree");
   static_assert(kConfig.smem_bytes() <= 227 * 1024, "shared memory of one thread block");
-  static_assert(TileDs::kBytes >= TileDk::kBytes && kStages >= kWarpgroups);
-  static_assert(kTileN == 64 * kWarpgroups, "a computing warpgroup owns 64 keys");
+  static_assert(kPaired || (kTileN == 64 * kWarpgroups && kStages >= kWarpgroups &&
+                            TileDs::kBytes >= 64 * kConfig.head_dim * 2));
 };
 
 __device__ __forceinline__ TileGrid tile_grid(BackwardParams const& problem, int tile_m,
