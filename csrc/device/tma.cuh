@@ -82,9 +82,11 @@ __device__ __forceinline__ void bulk_reduce_add(float* target, uint32_t smem_add
 __device__ __forceinline__ void tma_store_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
-/// Waits until the shared memory of this thread's stores may be written again.
+/// Waits until the shared memory of all but the last kPending groups of this thread may be written
+/// again.
+template <int kPending = 0>
 __device__ __forceinline__ void tma_store_wait_read() {
-  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
 }
 /// Waits until all but the last kPending groups of this thread are in global memory.
 template <int kPending>

@@ -16,20 +16,44 @@ struct BackwardSender {
   BackwardKernelParams const& params;
   typename Traits::SharedStorage& shared;
   uint32_t outbox_phases = 0;  // bit w: of warpgroup w
+  uint32_t unread = 0;  // barrier to arrive at when the last group of copies has been read; 0: none
 
+  // Reading a parcel takes as long as half a query tile: the next is started meanwhile.
+
+  __device__ __forceinline__ void give_back() {
+    if (unread != 0) {
+      tma_store_wait_read();
+      mbarrier_arrive(unread);
+      unread = 0;
+    }
+  }
+  __device__ __forceinline__ void wait_for(uint64_t& full, uint32_t phase) {
+    if (!mbarrier_test(smem_address(&full), phase)) {
+      give_back();
+      mbarrier_wait(smem_address(&full), phase);
+    }
+  }
+  /// The copies that have been started read what may be refilled once `empty` is arrived at.
+  __device__ __forceinline__ void commit(uint64_t& empty) {
+    tma_store_commit();
+    if (unread != 0) {
+      tma_store_wait_read<1>();
+      mbarrier_arrive(unread);
+    }
+    unread = smem_address(&empty);
+  }
   /// Calls send(outbox), which starts copies, for the warpgroup's next parcel.
   template <class Send>
   __device__ __forceinline__ void send_parcel(int warpgroup, Send const& send) {
-    mbarrier_wait(smem_address(&shared.outbox_full[warpgroup]), outbox_phases >> warpgroup & 1);
+    wait_for(shared.outbox_full[warpgroup], outbox_phases >> warpgroup & 1);
     outbox_phases ^= 1u << warpgroup;
     send(smem_address(shared.outbox[warpgroup]));
-    tma_store_commit();
-    tma_store_wait_read();
-    mbarrier_arrive(smem_address(&shared.outbox_empty[warpgroup]));
+    commit(shared.outbox_empty[warpgroup]);
   }
   /// Deterministic sums: key tiles add in their own order.
-  static __device__ __forceinline__ void wait_turn(int const* contributed, int turn) {
+  __device__ __forceinline__ void wait_turn(int const* contributed, int turn) {
     while (load_relaxed(contributed) < turn) {
+      give_back();
     }
     fence_gpu();
     fence_async_proxy_global();
@@ -50,13 +74,11 @@ struct BackwardSender {
   __device__ __forceinline__ void send_gradients(WorkItem const& item, uint32_t phase) {
 #pragma unroll 1
     for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
-      mbarrier_wait(smem_address(&shared.dk_full[warpgroup]), phase);
+      wait_for(shared.dk_full[warpgroup], phase);
       store_keys<SmemTile<64, kConfig.head_dim>>(params.dk, smem_address(shared.ds[warpgroup]),
                                                  item, 64 * warpgroup, 0);
     }
-    tma_store_commit();
-    tma_store_wait_read();
-    mbarrier_arrive(smem_address(&shared.dk_empty));
+    commit(shared.dk_empty);
 #pragma unroll 1
     for (int warpgroup = 0; warpgroup < Traits::kWarpgroups; ++warpgroup) {
       send_parcel(warpgroup, [&](uint32_t outbox) {
@@ -133,6 +155,7 @@ struct BackwardSender {
       } else {
         send_gradients(item, phase);
       }
+      give_back();
     }
   }
 };
