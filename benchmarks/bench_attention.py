@@ -8,8 +8,8 @@
 
 Contenders: ours; sm80, which is ours without the kernels of newer GPUs; fa2, cudnn and sdpa, which
 are PyTorch's FlashAttention-2, PyTorch's cuDNN attention and whatever PyTorch picks itself; fa3 and
-fa4, FlashAttention-3 and -4, where a module peer_fa3 or flash_attn.cute can be imported. "best" is
-the fastest of those that are not ours.
+fa4, FlashAttention-3 and -4, where a module peer_fa3 or flash_attn.cute can be imported; ours_det
+and fa3_det, with deterministic gradients. "best" is the fastest of those that are not ours.
 
 Times are medians of interleaved rounds on random tensors; rounds end once every median is known to
 half a percent. The results of every contender are checked against an fp32 reference in the same

@@ -50,29 +50,29 @@ def sdpa(*backends: SDPBackend) -> Contender:
     return Contender(attention, lambda: sdpa_kernel(list(backends)))
 
 
-def with_mask(flash_attn_func: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def with_mask(flash_attn_func: Callable[..., Tensor], **options: bool) -> Callable[..., Tensor]:
     """A function with the keyword arguments that FlashAttention's functions share."""
     return lambda q, k, v, problem: flash_attn_func(
-        q, k, v, causal=problem.causal, window_size=problem.window
+        q, k, v, causal=problem.causal, window_size=problem.window, **options
     )
 
 
-def ours(newest_kernel_family: int | None = None) -> Contender:
+def ours(newest_kernel_family: int | None = None, **options: bool) -> Contender:
     from flash_attn import flash_attn_func, ops
 
     if ops.load_error is not None:
         raise ImportError(ops.load_error)
-    attention = with_mask(flash_attn_func)
+    attention = with_mask(flash_attn_func, **options)
     if newest_kernel_family is None:
         return Contender(attention)
     return Contender(attention, lambda: ops.newest_kernel_family(newest_kernel_family))
 
 
-def fa3() -> Contender:
+def fa3(**options: bool) -> Contender:
     """FlashAttention-3 as a module `peer_fa3` on the path."""
     from peer_fa3 import flash_attn_func
 
-    return Contender(with_mask(flash_attn_func))
+    return Contender(with_mask(flash_attn_func, **options))
 
 
 def fa4() -> Contender:
@@ -88,10 +88,12 @@ def fa4() -> Contender:
 
 CONTENDERS: dict[str, Callable[[], Contender]] = {
     "ours": ours,
+    "ours_det": lambda: ours(deterministic=True),
     "sm80": lambda: ours(newest_kernel_family=80),
     "fa2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "fa3": fa3,
+    "fa3_det": lambda: fa3(deterministic=True),
     "fa4": fa4,
     "sdpa": sdpa,
 }

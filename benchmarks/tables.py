@@ -10,7 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 
 BEST = "best"  # stands for the fastest right contender of each row that is not ours
-OURS = ("ours", "sm80")
+OURS = ("ours", "ours_det", "sm80")
 
 
 def best_other(row: Row) -> str | None:

@@ -36,7 +36,7 @@ TABLES = {
     ),
     "Sm90BackwardConfig": (
         "sm90_backward_rows",
-        *("dtype", "head_dim", "head_dim_v", "tile_m", "tile_n"),
+        *("dtype", "head_dim", "head_dim_v", "tile_m", "tile_n", "dout_stages", "landing_strips"),
     ),
 }
 CONFIG = re.compile(r"(\w+Config)\{([^{}]*)\}")

@@ -85,6 +85,8 @@ void bind_sm90_backward(py::module_& module) {
       .def_readonly("head_dim_v", &Config::head_dim_v)
       .def_readonly("tile_m", &Config::tile_m)
       .def_readonly("tile_n", &Config::tile_n)
+      .def_readonly("dout_stages", &Config::dout_stages)
+      .def_readonly("landing_strips", &Config::landing_strips)
       .def_property_readonly("num_threads", &Config::num_threads)
       .def_property_readonly("smem_bytes", &Config::smem_bytes)
       .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
