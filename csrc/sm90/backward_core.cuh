@@ -44,7 +44,9 @@ struct BackwardCore {
   static __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t phase) {
     mbarrier_wait(smem_address(&barrier), phase);
   }
+  /// For the whole warp: what its lanes have read may be overwritten.
   static __device__ __forceinline__ void arrive(uint64_t& barrier) {
+    __syncwarp();
     if (lane_idx() == 0) {
       mbarrier_arrive(smem_address(&barrier));
     }
@@ -52,7 +54,6 @@ struct BackwardCore {
   /// Makes what this warp has written to shared memory the copy engine's.
   static __device__ __forceinline__ void hand_over(uint64_t& full) {
     fence_async_proxy();
-    __syncwarp();
     arrive(full);
   }
   static __device__ __forceinline__ int uniform(int value) {

@@ -76,7 +76,6 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
       *reinterpret_cast<uint4*>(shared.pair.p[step][threadIdx.x % 128]) = {p[step][0], p[step][1],
                                                                            p[step][2], p[step][3]};
     }
-    __syncwarp();
     arrive(shared.p_full);
     p_phase ^= 1;
   }
@@ -87,7 +86,6 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
       uint4 const four = *reinterpret_cast<uint4 const*>(shared.pair.p[step][threadIdx.x % 128]);
       p[step][0] = four.x, p[step][1] = four.y, p[step][2] = four.z, p[step][3] = four.w;
     }
-    __syncwarp();
     arrive(shared.p_empty);
     p_phase ^= 1;
   }
