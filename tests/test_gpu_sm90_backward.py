@@ -1,5 +1,5 @@
-"""The backward kernels of Hopper: each row of their table at the edges of its tiles, with enough and
-with too few slots for the sums of dq, and in every order in which thread blocks may run."""
+"""The backward kernels of Hopper: each row of their table at the edges of its tiles, with as many
+slots for the sums of dq as usual and with two, many times over."""
 
 from __future__ import annotations
 
