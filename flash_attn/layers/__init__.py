@@ -1,0 +1,1 @@
+"""Layers that other packages import by name."""
