@@ -109,12 +109,14 @@ def _rotate(
     s = torch.where(is_known, sin[at].to(work), 0)[..., None, :]
     s = -s if conjugate else s
     part = x[..., : 2 * half]
-    first, second = (part[..., ::2], part[..., 1::2]) if interleaved else part.split(half, dim=-1)
+    first, second = (
+        (part[..., ::2], part[..., 1::2]) if interleaved else part.tensor_split(2, dim=-1)
+    )
     a, b = first.to(work), second.to(work)
     out = x if inplace else x.clone(memory_format=torch.contiguous_format)
     target = out[..., : 2 * half]
     to_first, to_second = (
-        (target[..., ::2], target[..., 1::2]) if interleaved else target.split(half, dim=-1)
+        (target[..., ::2], target[..., 1::2]) if interleaved else target.tensor_split(2, dim=-1)
     )
     rotated_first, rotated_second = a * c - b * s, a * s + b * c
     to_first.copy_(rotated_first)
@@ -124,7 +126,7 @@ def _rotate(
 
 class ApplyRotaryEmb(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         cos: Tensor,
@@ -149,7 +151,7 @@ class ApplyRotaryEmb(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, cu_seqlens, *rest = ctx.saved_tensors
         offsets = rest[0] if rest else ctx.seqlen_offset
         dx = _rotate(dout, cos, sin, offsets, cu_seqlens, ctx.interleaved, False, True)
