@@ -51,6 +51,11 @@ def main() -> int:
                 heads = 280 if lengths == (1, 1) else 2
                 run(head_dims, lengths, window, heads, backward=not one_family)
                 print(f"sm{family} {head_dims} {lengths} {window}", flush=True)
+    if not one_family:
+        with ops.backward_sections(1):  # every wait of the sm90 backward for sums of dq
+            for head_dims, window in itertools.product(HEAD_DIMS, WINDOWS):
+                run(head_dims, (193, 300), window, heads=8, backward=True)
+                print(f"sm90, two slots: {head_dims} {window}", flush=True)
     return 0
 
 
