@@ -57,8 +57,10 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
     launch(current_stream(device_index));
   };
   if (auto const* const row = device.sm90_backward_config(call.dtype, call.params)) {
-    run(sm90::backward_workspace_bytes(*row, call.shape, device.properties()),
-        [&](Stream stream) { sm90::backward(*row, call.params, device.properties(), stream); });
+    int const section = sm90::backward_section(*row, call.shape, device.properties());
+    run(sm90::backward_workspace_bytes(*row, call.shape, section), [&](Stream stream) {
+      sm90::backward(*row, call.params, section, device.properties(), stream);
+    });
   } else {
     run(sm80::backward_workspace_bytes(config, call.shape),
         [&](Stream stream) { sm80::backward(config, call.params, device.properties(), stream); });

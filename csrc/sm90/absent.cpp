@@ -26,11 +26,15 @@ bool can_address(Sm90BackwardConfig const&, BackwardParams const&, Device const&
   return false;
 }
 
-std::size_t backward_workspace_bytes(Sm90BackwardConfig const&, Shape const&, Device const&) {
+int backward_section(Sm90BackwardConfig const&, Shape const&, Device const&) {
   raise_absent();
 }
 
-void backward(Sm90BackwardConfig const&, BackwardParams const&, Device const&, Stream) {
+std::size_t backward_workspace_bytes(Sm90BackwardConfig const&, Shape const&, int) {
+  raise_absent();
+}
+
+void backward(Sm90BackwardConfig const&, BackwardParams const&, int, Device const&, Stream) {
   raise_absent();
 }
 

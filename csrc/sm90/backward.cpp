@@ -11,8 +11,8 @@
 namespace flash::sm90 {
 namespace {
 
-/// Q, dO and fp32 sums of the key heads that are worked on together: with a second set of sums,
-/// which may still be converted, about half of L2.
+/// Q, dO and fp32 sums of a section: with a second set of sums, which may still be converted, about
+/// half of L2.
 constexpr int64_t kSectionBytes = int64_t(16) << 20;
 
 std::atomic<int> section_limit{INT_MAX};
@@ -34,20 +34,13 @@ Views views_of(BackwardParams const& params, DType dtype) {
           of_keys(params.dk, s.head_dim),   of_keys(params.dv, s.head_dim_v)};
 }
 
-/// Sections hold at least an item for every SM. A key head's section is over before its slot is
-/// needed again, which is what keeps the waits free of cycles: slots >= heads_per_section.
-BackwardDivision divide(Sm90BackwardConfig const& config, Shape const& shape, int num_sms) {
-  int const group_size = shape.query_heads_per_key_head();
+/// A key head's section is over before its slot is needed again, which is what keeps the waits free
+/// of cycles: slots >= section.
+BackwardDivision divide(Sm90BackwardConfig const& config, Shape const& shape, int section) {
   int const m_blocks = ceil_div(shape.seqlen_q, config.tile_m);
   int const n_blocks = ceil_div(shape.seqlen_k, config.tile_n);
-  int const query_tiles = group_size * m_blocks;
+  int const query_tiles = shape.query_heads_per_key_head() * m_blocks;
   int const key_heads = shape.batch_size * shape.num_heads_k;
-  int64_t const bytes_per_row = (config.head_dim + config.head_dim_v) * element_size(config.dtype) +
-                                config.head_dim * int64_t(sizeof(float));
-  int64_t const bytes_per_head = bytes_per_row * query_tiles * config.tile_m;
-  int const section = imin(section_limit.load(std::memory_order_relaxed),
-                           imax(heads_per_section(bytes_per_head, kSectionBytes, key_heads),
-                                imin(num_sms / n_blocks, key_heads)));
   return {.m_blocks = m_blocks,
           .query_tiles = query_tiles,
           .key_heads = key_heads,
@@ -70,22 +63,35 @@ bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
   Views const views = views_of(params, config.dtype);
   return is_addressable(views.q) && is_addressable(views.k) && is_addressable(views.v) &&
          is_addressable(views.dout) && is_addressable(views.dk) && is_addressable(views.dv) &&
-         can_number(config, divide(config, params.shape, device.num_sms));
+         can_number(config,
+                    divide(config, params.shape, backward_section(config, params.shape, device)));
+}
+
+int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Device const& device) {
+  int const key_heads = shape.batch_size * shape.num_heads_k;
+  int64_t const bytes_per_row = (config.head_dim + config.head_dim_v) * element_size(config.dtype) +
+                                config.head_dim * int64_t(sizeof(float));
+  int64_t const bytes_per_head =
+      bytes_per_row * shape.query_heads_per_key_head() * round_up(shape.seqlen_q, config.tile_m);
+  int const fit = heads_per_section(bytes_per_head, kSectionBytes, key_heads);
+  int const one_item_an_sm =
+      imin(device.num_sms / ceil_div(shape.seqlen_k, config.tile_n), key_heads);
+  return imin(section_limit.load(std::memory_order_relaxed), imax(fit, one_item_an_sm));
 }
 
 std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, Shape const& shape,
-                                     Device const& device) {
-  BackwardDivision const division = divide(config, shape, device.num_sms);
+                                     int section) {
+  BackwardDivision const division = divide(config, shape, section);
   return std::size_t(BackwardWorkspace::sums_bytes(config, division) +
                      BackwardWorkspace::lse_bytes(shape) +
                      BackwardWorkspace::num_counters(division) * int64_t(sizeof(int)));
 }
 
-void backward(Sm90BackwardConfig const& config, BackwardParams const& params, Device const& device,
-              Stream stream) {
+void backward(Sm90BackwardConfig const& config, BackwardParams const& params, int section,
+              Device const& device, Stream stream) {
   make_context_current(device.index);
   Views const views = views_of(params, config.dtype);
-  BackwardDivision const division = divide(config, params.shape, device.num_sms);
+  BackwardDivision const division = divide(config, params.shape, section);
   char* const lse =
       static_cast<char*>(params.workspace) + BackwardWorkspace::sums_bytes(config, division);
   int* const counters = reinterpret_cast<int*>(lse + BackwardWorkspace::lse_bytes(params.shape));

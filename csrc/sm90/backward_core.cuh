@@ -122,8 +122,8 @@ struct BackwardCore {
 
   // ---- Arithmetic ----
 
-  /// P^T in both precisions: scores become fp32 probabilities.
-  __device__ __forceinline__ void exponentiate(Scores& scores, Operand& p) const {
+  /// P^T = exp2(S^T scale_log2 - lse).
+  __device__ __forceinline__ void exponentiate(Scores const& scores, Operand& p) const {
     uint32_t const lse = smem_address(shared.lse_log2[q.stage]) + lane_idx() % 4 * 8;
 #pragma unroll
     for (int n = 0; n < kFragmentsS; ++n) {

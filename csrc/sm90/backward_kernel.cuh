@@ -13,12 +13,17 @@
 //   k_empty      | computing warps, sender (9)     | loader                  |
 //   ds_full      | computing warps (8)             | computing warps         | dS of both
 //   ds_empty     | computing warps (8)             | computing warps         |   warpgroups
-//   outbox_full  | warps of a warpgroup (4)        | sender                  | a share of dQ, or dV
+//   p_full       | first warpgroup's warps (4)     | second warpgroup        | P of a pair
+//   p_empty      | second warpgroup's warps (4)    | first warpgroup         |
+//   outbox_full  | warps of a warpgroup (4)        | sender                  | dQ, dV; dK of a pair
 //   outbox_empty | sender (1)                      | that warpgroup          |
 //   dk_full      | warps of a warpgroup (4)        | sender                  | dK in a buffer of dS
 //   dk_empty     | sender (1)                      | computing warps         |
 //   landed       | converting warp and bytes (1)   | that warp               | sums to convert
 //   named 1 + w  | warpgroup 1 - w, w (256)        | warpgroup w             | turn to issue
+//
+// Of a pair only the second warpgroup (4 warps) makes dS and reads V; it has no turns, and dK
+// leaves through its outbox.
 #pragma once
 
 #include "sm90/backward_compute.cuh"

@@ -22,15 +22,18 @@ void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Devic
 bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
                  Device const& device);
 
-/// Bytes of BackwardParams::workspace: fp32 dq sums of the heads that are worked on at a time (two
-/// sections of 16 MB, or of one head where that is more, and never more than all of dq), a float
-/// per query row and two counters per query tile.
+/// Key heads whose keys are worked on together, a section: as the next two are to agree on it.
+int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Device const& device);
+
+/// Bytes of BackwardParams::workspace: fp32 dq sums of two sections (usually 8 MB each, of one key
+/// head where that is more, and never more than all of dq), a float per query row and two counters
+/// per query tile.
 std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, Shape const& shape,
-                                     Device const& device);
+                                     int section);
 
 /// Gradients in two launches: softmax_d (and a cleared workspace), and the main kernel.
-void backward(Sm90BackwardConfig const& config, BackwardParams const& params, Device const& device,
-              Stream stream);
+void backward(Sm90BackwardConfig const& config, BackwardParams const& params, int section,
+              Device const& device, Stream stream);
 
 /// At most this many key heads a section from now on: with few of them every wait for sums happens,
 /// which is for tests. Returns what was set before; INT_MAX is where it starts.
