@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from flash_attn import ops
+
 GPU = "cuda"
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GPU_DTYPES = (torch.bfloat16, torch.float16)
@@ -34,3 +36,13 @@ on_backends = pytest.mark.parametrize(
 )
 
 in_gpu_dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+
+
+def has_sm90(pass_name: str) -> bool:
+    """True if the forward ("fwd") or backward ("bwd") has kernels for this GPU, a Hopper one."""
+    if ops.load_error is not None or not torch.cuda.is_available():
+        return False
+    on_hopper = torch.cuda.get_device_capability() == (9, 0)
+    return on_hopper and any(
+        row.startswith(f"{pass_name}/sm90/") for row in ops.build_info()["rows"]
+    )

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from backends import GPU, in_gpu_dtypes
+from backends import GPU, has_sm90, in_gpu_dtypes
 from cases import SM90_TILES, Case, lay_out, make_inputs, sm90_lengths
 from compare import assert_as_exact_as_torch, largest
 from torch import Tensor
@@ -16,18 +16,9 @@ from flash_attn import flash_attn_func, ops
 from flash_attn.problem import scale_of
 from flash_attn.reference import attention_reference, visible_keys
 
-
-def has_sm90() -> bool:
-    if ops.load_error is not None or not torch.cuda.is_available():
-        return False
-    rows = ops.build_info()["rows"]
-    on_hopper = torch.cuda.get_device_capability() == (9, 0)
-    return on_hopper and any(row.startswith("fwd/sm90/") for row in rows)
-
-
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_sm90(), reason="needs a Hopper GPU and a build with sm_90"),
+    pytest.mark.skipif(not has_sm90("fwd"), reason="needs a Hopper GPU and a build with sm_90"),
 ]
 
 WINDOWS = [(-1, -1), (-1, 0), (30, 20), (-1, 50), (70, -1), (0, 0)]

@@ -7,25 +7,16 @@ import itertools
 
 import pytest
 import torch
-from backends import GPU, in_gpu_dtypes
+from backends import GPU, has_sm90, in_gpu_dtypes
 from cases import SM90_BACKWARD_TILES, Case, lay_out, make_gradients, make_inputs
 from compare import Results, assert_bit_equal, check_case, flash_results, op_results
 from torch import Tensor
 
 from flash_attn import ops
 
-
-def has_sm90_backward() -> bool:
-    if ops.load_error is not None or not torch.cuda.is_available():
-        return False
-    rows = ops.build_info()["rows"]
-    on_hopper = torch.cuda.get_device_capability() == (9, 0)
-    return on_hopper and any(row.startswith("bwd/sm90/") for row in rows)
-
-
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not has_sm90_backward(), reason="needs a Hopper GPU and a build with sm_90"),
+    pytest.mark.skipif(not has_sm90("bwd"), reason="needs a Hopper GPU and a build with sm_90"),
 ]
 
 MOST = 2**31 - 1

@@ -1,6 +1,7 @@
 // Copies between global memory and swizzled shared-memory tiles, 16 bytes a lane.
 #pragma once
 
+#include "device/shared_memory.cuh"
 #include "device/smem_tile.cuh"
 
 namespace flash {
@@ -21,19 +22,6 @@ __device__ __forceinline__ void cp_async_commit() {
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
-  asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
-  uint4 chunk;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(chunk.x), "=r"(chunk.y), "=r"(chunk.z), "=r"(chunk.w)
-               : "r"(address)
-               : "memory");
-  return chunk;
 }
 
 /// The rows of one (batch, head) of a strided tensor.

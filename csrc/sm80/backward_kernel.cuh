@@ -282,7 +282,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     return;
   }
   extern __shared__ __align__(128) char shared_memory[];
-  uint32_t const smem = uint32_t(__cvta_generic_to_shared(shared_memory));
+  uint32_t const smem = smem_address(shared_memory);
 
   Shape const& shape = params.shape;
   int const tile_idx = params.deterministic ? workspace.take_ticket() : fresh(blockIdx.x);

@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   using CopyK = TileCopy<typename Traits::TileK, Traits::kThreads>;
   constexpr ForwardConfig kConfig = Traits::kConfig;
   extern __shared__ __align__(128) char shared_memory[];
-  uint32_t const smem = uint32_t(__cvta_generic_to_shared(shared_memory));
+  uint32_t const smem = smem_address(shared_memory);
 
   Shape const& shape = params.shape;
   Tile const tile = order.tile(blockIdx.x);
