@@ -1,9 +1,8 @@
 // Counters in global memory by which thread blocks tell each other that data is ready.
 //
 // The writer of the data adds after it with add_release(); the reader polls with load_relaxed() and
-// then fences once. An acquiring load invalidates the L1 cache at every try (measured at head dim
-// 128: polling so slows the other warps of the SM), so load_acquire() is for values that are almost
-// always there at the first look.
+// then fences once. load_acquire() invalidates the L1 cache at every try: it is for values that are
+// almost always there at the first look, or for who has nothing in that cache to lose.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,7 @@
 // Scratch memory of the backward: fp32 dq sums, and the order in which key tiles may add to them.
 #pragma once
 
+#include "device/counter.cuh"
 #include "sm80/workspace_size.h"
 
 namespace flash::sm80 {
@@ -96,10 +97,8 @@ struct BackwardWorkspace {
 /// Waits until `turn` key tiles have added to the query tile.
 __device__ __forceinline__ void wait_turn(int const* counter, int turn) {
   if (threadIdx.x == 0) {
-    int value;
-    do {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    } while (value != turn);
+    while (load_acquire(counter) != turn) {
+    }
   }
   __syncthreads();
 }
@@ -109,7 +108,7 @@ __device__ __forceinline__ void pass_turn(int* counter) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
+    add_release(counter, 1);
   }
 }
 

@@ -1,7 +1,5 @@
 #include <atomic>
 #include <climits>
-#include <stdexcept>
-#include <string>
 
 #include "config/compiled_rows.h"
 #include "sm90/launch.h"

@@ -13,10 +13,10 @@ namespace flash::sm90 {
 template <class Traits>
 struct BackwardWarpgroup : BackwardCore<Traits> {
   using Core = BackwardCore<Traits>;
-  using Core::arrive, Core::hand_over, Core::lane_idx, Core::wait;
+  using Core::arrive, Core::hand_over, Core::store_dq, Core::wait;
   using Core::dout, Core::ds, Core::key_phase, Core::params, Core::q, Core::shared;
-  using Core::kConfig, Core::kDType, Core::warp_idx, Core::warpgroup_idx;
-  using typename Core::Operand, typename Core::Scores;
+  using Core::kConfig, Core::warpgroup_idx;
+  using typename Core::Group, typename Core::Operand, typename Core::Scores;
   using typename Core::TileDout, typename Core::TileDs, typename Core::TileK;
   using typename Core::TileQ, typename Core::TileV;
 
@@ -28,33 +28,10 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
 
   /// 64 rows and columns of dQ = dS K: of its rows this warpgroup's 64, or all of them and the
   /// columns from this warpgroup's column block on.
-  __device__ __forceinline__ void issue_dq(float (&dq)[8][4]) const {
+  __device__ __forceinline__ void issue_dq(Group& dq) const {
     int const rows = Traits::kDqByRows ? warpgroup_idx * TileDs::kBlockBytes : 0;
     int const columns = Traits::kDqByRows ? 0 : warpgroup_idx * TileK::kBlockBytes;
-    uint64_t const a =
-        advanced(wgmma_descriptor<TileDs>(smem_address(shared.ds[last_ds.stage])), rows);
-    uint64_t const b = advanced(wgmma_descriptor<TileK>(smem_address(shared.k)), columns);
-#pragma unroll
-    for (int step = 0; step < Traits::kTileN / 16; ++step) {
-      Wgmma<64, kDType>::template ss<true, true>(dq, advanced(a, rows_step<TileDs>(step)),
-                                                 advanced(b, rows_step<TileK>(step)), step > 0);
-    }
-    wgmma_commit();
-  }
-
-  __device__ __forceinline__ void store_dq(float const (&dq)[8][4]) {
-    constexpr int kFragments = Traits::kGroupCols / 8;
-    // With fewer than eight fragments a warpgroup of its own, the later one has the last ones.
-    int const skipped = warpgroup_idx * (8 - kFragments);
-    uint32_t const strip =
-        smem_address(this->open_outbox()) + warp_idx * Traits::kStripBytes + lane_idx() * 16;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      if (kFragments == 8 || (n >= skipped && n < skipped + kFragments)) {
-        store_shared_float4(strip + (n - skipped) * Traits::kFragmentBytes, dq[n]);
-      }
-    }
-    hand_over(shared.outbox_full[warpgroup_idx]);
+    this->issue_ds_k(dq, last_ds.stage, rows, columns);
   }
 
   /// Only one warpgroup at a time issues S and dP: so the other one's exponentials and dS run
@@ -100,7 +77,7 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     this->template store_rows<TileDs>(ds_operand, shared.ds[ds.stage], warpgroup_idx * 64);
     pin(ds_operand);
     hand_over(shared.ds_full[ds.stage]);
-    float dq[8][4];
+    Group dq;
     if constexpr (!kIsFirst) {
       wait(shared.ds_full[last_ds.stage], last_ds.phase);
       wgmma_fence();
@@ -127,7 +104,7 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
   __device__ __forceinline__ void finish_steps() {
     arrive(shared.v_empty);
     wait(shared.ds_full[last_ds.stage], last_ds.phase);
-    float dq[8][4];
+    Group dq;
     wgmma_fence();
     issue_dq(dq);
     wgmma_wait<0>();

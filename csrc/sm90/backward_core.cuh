@@ -21,6 +21,7 @@ struct BackwardCore {
   using TileDs = typename Traits::TileDs;
   using Scores = float[kFragmentsS][4];  // 64 keys x tile_m queries
   using Operand = uint32_t[kStepsM][4];  // the same as a left operand of 16 queries a step
+  using Group = float[8][4];             // 64 rows and columns of dQ
 
   BackwardKernelParams const& params;
   typename Traits::SharedStorage& shared;
@@ -120,6 +121,19 @@ struct BackwardCore {
     wgmma_commit();
   }
 
+  /// dQ = dS K, from `rows` bytes on into dS and `columns` bytes on into K.
+  __device__ __forceinline__ void issue_ds_k(Group& dq, uint32_t ds_stage, int rows,
+                                             int columns) const {
+    uint64_t const a = advanced(wgmma_descriptor<TileDs>(smem_address(shared.ds[ds_stage])), rows);
+    uint64_t const b = advanced(wgmma_descriptor<TileK>(smem_address(shared.k)), columns);
+#pragma unroll
+    for (int step = 0; step < Traits::kTileN / 16; ++step) {
+      Wgmma<64, kDType>::template ss<true, true>(dq, advanced(a, rows_step<TileDs>(step)),
+                                                 advanced(b, rows_step<TileK>(step)), step > 0);
+    }
+    wgmma_commit();
+  }
+
   // ---- Arithmetic ----
 
   /// P^T = exp2(S^T scale_log2 - lse).
@@ -191,6 +205,22 @@ struct BackwardCore {
         gradient[n][e] = 0.f;
       }
     }
+  }
+
+  /// Hands a group of dQ over to the sender.
+  __device__ __forceinline__ void store_dq(Group const& dq) {
+    constexpr int kFragments = Traits::kGroupCols / 8;
+    // With fewer than eight fragments a warpgroup of its own, the later one has the last ones.
+    int const skipped = kFragments == 8 ? 0 : warpgroup_idx * (8 - kFragments);
+    uint32_t const strip =
+        smem_address(open_outbox()) + warp_idx * Traits::kStripBytes + lane_idx() * 16;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      if (kFragments == 8 || (n >= skipped && n < skipped + kFragments)) {
+        store_shared_float4(strip + (n - skipped) * Traits::kFragmentBytes, dq[n]);
+      }
+    }
+    hand_over(shared.outbox_full[warpgroup_idx]);
   }
 
   // ---- Query tiles ----

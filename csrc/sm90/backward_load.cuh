@@ -31,28 +31,25 @@ struct BackwardLoader {
   Ring<Traits::kDoutStages> dout;
   uint32_t key_phase = 0;
 
-  /// Copies rows from `row` on of one head.
-  template <class Tile>
+  /// Copies rows from `row` on of one head, with a policy for L2 if there is one.
+  template <class Tile, class... Policy>
   static __device__ __forceinline__ void load_rows(CUtensorMap const& map, char* tile,
-                                                   uint32_t barrier, int row, int head, int batch) {
+                                                   uint32_t barrier, int row, int head, int batch,
+                                                   Policy... l2_policy) {
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
       tma_load(smem_address(tile) + block * Tile::kBlockBytes, map, barrier,
-               block * Tile::kBlockCols, row, head, batch);
+               block * Tile::kBlockCols, row, head, batch, l2_policy...);
     }
   }
-  /// The same for a key tile, which no other thread block reads.
+  /// Copies a key tile, which no other thread block reads.
   template <class Tile>
   static __device__ __forceinline__ void load_keys(CUtensorMap const& map, char* tile,
                                                    uint64_t& full, WorkItem const& item) {
     uint32_t const barrier = smem_address(&full);
-    uint64_t const once = evict_first();
     mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
-#pragma unroll
-    for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
-      tma_load(smem_address(tile) + block * Tile::kBlockBytes, map, barrier,
-               block * Tile::kBlockCols, item.n_block * Tile::kRows, item.head_k, item.batch, once);
-    }
+    load_rows<Tile>(map, tile, barrier, item.n_block * Tile::kRows, item.head_k, item.batch,
+                    evict_first());
   }
   __device__ __forceinline__ void load_v(WorkItem const& item) {
     mbarrier_wait(smem_address(&shared.v_empty), key_phase ^ 1);

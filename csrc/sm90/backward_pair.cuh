@@ -13,13 +13,12 @@ namespace flash::sm90 {
 template <class Traits, bool kMakesP>
 struct BackwardPairWarpgroup : BackwardCore<Traits> {
   using Core = BackwardCore<Traits>;
-  using Core::arrive, Core::hand_over, Core::lane_idx, Core::wait;
+  using Core::arrive, Core::hand_over, Core::store_dq, Core::wait;
   using Core::dout, Core::ds, Core::key_phase, Core::params, Core::q, Core::shared;
-  using Core::kConfig, Core::kDType, Core::warp_idx, Core::warpgroup_idx;
-  using typename Core::Operand, typename Core::Scores;
+  using Core::kConfig, Core::warpgroup_idx;
+  using typename Core::Group, typename Core::Operand, typename Core::Scores;
   using typename Core::TileDout, typename Core::TileDs, typename Core::TileK;
   using typename Core::TileQ, typename Core::TileV;
-  using Group = float[8][4];  // 64 rows and columns of dQ
 
   static constexpr int kGradientCols = kMakesP ? kConfig.head_dim_v : kConfig.head_dim;
   static constexpr int kFirstGroup = kMakesP ? 0 : 2;
@@ -38,24 +37,7 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
 
   template <int kGroup>
   __device__ __forceinline__ void issue_dq(Group& dq) const {
-    uint64_t const a = wgmma_descriptor<TileDs>(smem_address(shared.ds[ds.stage]));
-    uint64_t const b = advanced(wgmma_descriptor<TileK>(smem_address(shared.k)),
-                                (kGroup + fresh_zero()) * TileK::kBlockBytes);
-#pragma unroll
-    for (int step = 0; step < Traits::kTileN / 16; ++step) {
-      Wgmma<64, kDType>::template ss<true, true>(dq, advanced(a, rows_step<TileDs>(step)),
-                                                 advanced(b, rows_step<TileK>(step)), step > 0);
-    }
-    wgmma_commit();
-  }
-  __device__ __forceinline__ void store_dq(Group const& dq) {
-    uint32_t const strip =
-        smem_address(this->open_outbox()) + warp_idx * Traits::kStripBytes + lane_idx() * 16;
-#pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      store_shared_float4(strip + n * Traits::kFragmentBytes, dq[n]);
-    }
-    hand_over(shared.outbox_full[warpgroup_idx]);
+    this->issue_ds_k(dq, ds.stage, 0, (kGroup + fresh_zero()) * TileK::kBlockBytes);
   }
   __device__ __forceinline__ void keep(Group const& dq) {
 #pragma unroll

@@ -21,7 +21,7 @@ struct BackwardDivision {
   FLASH_HD constexpr int64_t num_tiles() const { return int64_t(key_heads) * query_tiles; }
 };
 
-/// BackwardParams::workspace. The preprocess kernel clears all of it.
+/// BackwardParams::workspace. The preprocess kernel writes or clears all of it.
 struct BackwardWorkspace {
   float* dq_sums;    // [slots, query_tiles, tile_m * head_dim of the kernel], in fragment order
   float* lse_log2;   // [batch, heads, softmax_d_rows(seqlen_q)], softmax_lse * log2(e)
