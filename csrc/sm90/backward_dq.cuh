@@ -244,6 +244,41 @@ struct BackwardConverter {
     }
   }
 
+  /// Stores a group's rows of dq, of the query head `head` of the batch entry; without sums zeros.
+  __device__ __forceinline__ void store_group(int m_block, int group, int batch, int head,
+                                              uint32_t sums, bool has_sums) {
+    BackwardParams const& problem = params.problem;
+    int const row =
+        m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * group : 0) + lane_idx() / 4;
+    int const col = (Traits::kDqByRows ? 0 : Traits::kGroupCols * group) + lane_idx() % 2 * 8 +
+                    lane_idx() % 4 / 2 * 4;
+    int64_t const row_bytes = problem.dq.row_stride * 2;
+    char* target = static_cast<char*>(problem.dq.ptr) + (problem.dq.offset(batch, head) + col) * 2 +
+                   row * row_bytes;
+    int rows_left = problem.shape.seqlen_q - row;
+    uint32_t const landing = smem_address(shared.landing[warp_idx]) + lane_idx() * 16;
+#pragma unroll 1
+    for (int strip = 0; strip < 4; strip += Traits::kLandingStrips) {
+      if (has_sums) {
+        if (strip > 0) {
+          __syncwarp();  // the landing zone has been read
+          sums += kLandingBytes / 16;
+          if (lane_idx() == 0) {
+            fetch(sums);
+          }
+        }
+        land(sums);
+      }
+#pragma unroll 1
+      for (int i = 0; i < Traits::kLandingStrips; ++i) {
+        store_strip(landing + i * Traits::kStripBytes, target, row_bytes, rows_left,
+                    problem.shape.head_dim - col, has_sums ? problem.softmax_scale : 0.f);
+        target += 16 * row_bytes;
+        rows_left -= 16;
+      }
+    }
+  }
+
   __device__ __forceinline__ void convert(int tile_idx, int group, int& next) {
     BackwardDivision const& division = params.division;
     Shape const& shape = params.problem.shape;
@@ -270,37 +305,7 @@ struct BackwardConverter {
       announce();
       unannounced = counter;
     }
-    BackwardParams const& problem = params.problem;
-    int const row =
-        m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * group : 0) + lane_idx() / 4;
-    int const col = (Traits::kDqByRows ? 0 : Traits::kGroupCols * group) + lane_idx() % 2 * 8 +
-                    lane_idx() % 4 / 2 * 4;
-    int64_t const row_bytes = problem.dq.row_stride * 2;
-    char* target = static_cast<char*>(problem.dq.ptr) +
-                   (problem.dq.offset(key_head / shape.num_heads_k, head) + col) * 2 +
-                   row * row_bytes;
-    int rows_left = shape.seqlen_q - row;
-    uint32_t const landing = smem_address(shared.landing[warp_idx]) + lane_idx() * 16;
-#pragma unroll 1
-    for (int strip = 0; strip < 4; strip += Traits::kLandingStrips) {
-      if (expected > 0) {
-        if (strip > 0) {
-          __syncwarp();  // the landing zone has been read
-          sums += kLandingBytes / 16;
-          if (lane_idx() == 0) {
-            fetch(sums);
-          }
-        }
-        land(sums);
-      }
-#pragma unroll 1
-      for (int i = 0; i < Traits::kLandingStrips; ++i) {
-        store_strip(landing + i * Traits::kStripBytes, target, row_bytes, rows_left,
-                    shape.head_dim - col, expected > 0 ? problem.softmax_scale : 0.f);
-        target += 16 * row_bytes;
-        rows_left -= 16;
-      }
-    }
+    store_group(m_block, group, key_head / shape.num_heads_k, head, sums, expected > 0);
     fence_async_proxy_global();  // the next owner's additions are not plain stores as the zeros are
     __syncwarp();                // the landing zone has been read
   }
