@@ -184,6 +184,19 @@ def test_module_keeps_angles_and_makes_more_when_asked() -> None:
     assert not rotary.state_dict(), "angles are made, not saved"
 
 
+def test_module_takes_its_frequencies_from_its_buffer_unless_that_was_cast() -> None:
+    qkv = torch.randn(1, 300, 3, 2, 8)
+    usual = RotaryEmbedding(8)
+    whole = usual(qkv.clone())
+    half_precision = RotaryEmbedding(8).bfloat16()
+    assert half_precision.inv_freq.dtype == torch.bfloat16
+    assert torch.equal(half_precision(qkv.clone()), whole)
+    slower = RotaryEmbedding(8)
+    slower.inv_freq /= 2
+    every_second = slower(qkv[:, :150].repeat_interleave(2, dim=1))[:, ::2]
+    torch.testing.assert_close(every_second, whole[:, :150], rtol=1e-4, atol=1e-4)
+
+
 def test_errors_say_what_was_expected() -> None:
     x = torch.randn(2, 5, 2, 8)
     cos, sin = (t.float() for t in angles(6, 8))

@@ -39,25 +39,34 @@ def apply_rotary_emb_torch(
     return torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
 
 
-def _positions(
-    x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None, past_the_end: int
-) -> Tensor:
-    """Of every token: (seqlen,), (batch, seqlen), or (total,) of packed tokens."""
+def _angles(
+    cos: Tensor, sin: Tensor, x: Tensor, seqlen_offsets: int | Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of every token, (seqlen, half), (batch, seqlen, half), or (total, half) of packed tokens.
+
+    Positions beyond those of cos get the angle 0.
+    """
+    if cu_seqlens is None and not isinstance(seqlen_offsets, Tensor):
+        part = slice(seqlen_offsets, seqlen_offsets + x.shape[1])
+        return cos[part], sin[part]
     if cu_seqlens is None:
-        tokens = torch.arange(x.shape[1], device=x.device)
-        if isinstance(seqlen_offsets, Tensor):
-            return seqlen_offsets[:, None] + tokens
-        return tokens + seqlen_offsets
-    tokens = torch.arange(x.shape[0], device=x.device)
-    sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
-    is_in_one = sequence < cu_seqlens.numel() - 1
-    sequence = torch.where(is_in_one, sequence, 0)
-    positions = (
-        tokens
-        - cu_seqlens[sequence]
-        + (seqlen_offsets[sequence] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets)
-    )
-    return torch.where(is_in_one, positions, past_the_end)
+        assert isinstance(seqlen_offsets, Tensor)
+        positions = seqlen_offsets[:, None] + torch.arange(x.shape[1], device=x.device)
+        is_token = positions >= 0
+    else:
+        tokens = torch.arange(x.shape[0], device=x.device)
+        sequence = torch.searchsorted(cu_seqlens, tokens, right=True) - 1
+        is_in_one = sequence < cu_seqlens.numel() - 1
+        sequence = torch.where(is_in_one, sequence, 0)
+        positions = (
+            tokens
+            - cu_seqlens[sequence]
+            + (seqlen_offsets[sequence] if isinstance(seqlen_offsets, Tensor) else seqlen_offsets)
+        )
+        is_token = is_in_one & (positions >= 0)
+    is_known = (is_token & (positions < cos.shape[0]))[..., None]
+    at = positions.clamp(0, max(cos.shape[0] - 1, 0))
+    return torch.where(is_known, cos[at], 1), torch.where(is_known, sin[at], 0)
 
 
 def _check(
@@ -102,11 +111,8 @@ def _rotate(
     """x rotated, or with `conjugate` rotated back. Positions beyond those of cos are left alone."""
     half = cos.shape[1]
     work = torch.float64 if x.dtype == torch.float64 else torch.float32
-    positions = _positions(x, seqlen_offsets, cu_seqlens, past_the_end=cos.shape[0])
-    is_known = ((positions >= 0) & (positions < cos.shape[0]))[..., None]
-    at = positions.clamp(0, max(cos.shape[0] - 1, 0))
-    c = torch.where(is_known, cos[at].to(work), 1)[..., None, :]
-    s = torch.where(is_known, sin[at].to(work), 0)[..., None, :]
+    angles = _angles(cos, sin, x, seqlen_offsets, cu_seqlens)
+    c, s = (t.to(work)[..., None, :] for t in angles)
     s = -s if conjugate else s
     part = x[..., : 2 * half]
     first, second = (
@@ -274,8 +280,8 @@ class RotaryEmbedding(torch.nn.Module):
             raise ValueError(f"dim: expected an even number of columns, got {dim}")
         self.dim, self.base = dim, float(base)
         self.interleaved, self.scale_base = interleaved, scale_base
+        self.register_buffer("inv_freq", self._make_inv_freq(device), persistent=False)
         even = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
-        self.register_buffer("inv_freq", self.base ** (-even / dim), persistent=False)
         scale = None if scale_base is None else (even + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("scale", scale, persistent=False)
         self.inv_freq: Tensor
@@ -285,6 +291,11 @@ class RotaryEmbedding(torch.nn.Module):
         self._sin_cached: Tensor | None = None
         self._cos_k_cached: Tensor | None = None
         self._sin_k_cached: Tensor | None = None
+
+    def _make_inv_freq(self, device: torch.device | str | None) -> Tensor:
+        """Angle that each pair of columns turns by from position to position."""
+        even = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32)
+        return self.base ** (-even / self.dim)
 
     def _update_cos_sin_cache(
         self,
@@ -304,10 +315,11 @@ class RotaryEmbedding(torch.nn.Module):
             return
         self._seq_len_cached = seqlen
         position = torch.arange(seqlen, device=device, dtype=torch.float32)
-        # Not the buffer where a cast of the module has made it 16-bit: angles of far positions
+        # Made anew where a cast of the module has made the buffer 16-bit: angles of far positions
         # would be off by whole turns.
-        even = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32)
-        angles = torch.outer(position, self.base ** (-even / self.dim))
+        is_fp32 = self.inv_freq.dtype == torch.float32
+        inv_freq = self.inv_freq.to(position) if is_fp32 else self._make_inv_freq(device)
+        angles = torch.outer(position, inv_freq)
         cos, sin = angles.cos(), angles.sin()
         if self.scale is None:
             self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
