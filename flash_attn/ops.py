@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NoReturn, TypedDict
 
 import torch
@@ -80,32 +80,30 @@ else:
 
 
 @contextmanager
-def newest_kernel_family(arch: int) -> Iterator[None]:
+def _limited(op_name: str, value: int) -> Iterator[None]:
+    """Inside, the limit that an op sets and gives the last value of is `value`, in every thread."""
+    limit = getattr(torch.ops.flash_attn, op_name).default
+    previous = limit(value)
+    try:
+        yield
+    finally:
+        limit(previous)
+
+
+def newest_kernel_family(arch: int) -> AbstractContextManager[None]:
     """Inside, GPU kernels of families newer than `arch` (80 or 90) serve no call, of any thread.
 
     For tests and benchmarks of the older families.
     """
-    limit = torch.ops.flash_attn.limit_kernel_family.default
-    previous = limit(arch)
-    try:
-        yield
-    finally:
-        limit(previous)
+    return _limited("limit_kernel_family", arch)
 
 
-@contextmanager
-def backward_sections(heads: int) -> Iterator[None]:
-    """Inside, the Hopper backward works on the keys of at most `heads` heads at a time, in every
-    thread.
+def backward_sections(heads: int) -> AbstractContextManager[None]:
+    """Inside, the Hopper backward works on the keys of at most `heads` heads at a time.
 
     For tests: few heads make thread blocks wait for each other at every step.
     """
-    limit = torch.ops.flash_attn.limit_backward_section.default
-    previous = limit(heads)
-    try:
-        yield
-    finally:
-        limit(previous)
+    return _limited("limit_backward_section", heads)
 
 
 def raise_no_cuda_backend() -> NoReturn:

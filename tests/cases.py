@@ -291,12 +291,13 @@ SM90_BACKWARD_TILES = [
 ]
 
 
+def around(size: int, first: int = 0) -> list[int]:
+    """Lengths at the edges of tiles of `size`, the first of them after `first` rows."""
+    return [first + rest for rest in (1, size - 1, size, size + 1, 3 * size + 17)]
+
+
 def sm90_lengths(tile: tuple[int, int]) -> tuple[list[int], list[int]]:
     """seqlen_q and seqlen_k around the edges of a tile, where its kernels serve them: those of 192
     rows serve long sequences alone."""
     skipped_m, skipped_n = (12, 18) if tile[0] == 192 else (0, 0)  # whole tiles before
-
-    def around(size: int, first: int) -> list[int]:
-        return [first + rest for rest in (1, size - 1, size, size + 1, 3 * size + 17)]
-
     return around(tile[0], skipped_m * tile[0]), around(tile[1], skipped_n * tile[1])

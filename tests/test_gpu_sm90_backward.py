@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 from backends import GPU, has_sm90, in_gpu_dtypes
-from cases import SM90_BACKWARD_TILES, Case, lay_out, make_gradients, make_inputs
+from cases import SM90_BACKWARD_TILES, Case, around, lay_out, make_gradients, make_inputs
 from compare import Results, assert_bit_equal, check_case, flash_results, op_results
 from torch import Tensor
 
@@ -23,10 +23,6 @@ MOST = 2**31 - 1
 WINDOWS = [(-1, -1), (-1, 0), (30, 20), (-1, 50), (70, -1), (0, 0)]
 in_sections = pytest.mark.parametrize("section", [MOST, 1], ids=["usual_sections", "two_slots"])
 on_tiles = pytest.mark.parametrize(("head_dims", "tile"), SM90_BACKWARD_TILES, ids=str)
-
-
-def around(size: int) -> list[int]:
-    return [1, size - 1, size, size + 1, 3 * size + 17]
 
 
 @in_gpu_dtypes

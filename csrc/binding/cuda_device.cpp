@@ -137,9 +137,13 @@ BackwardConfig const& CudaDevice::backward_config(DType dtype, Shape const& shap
   return find(backward_, "backward", dtype, shape);
 }
 
+bool CudaDevice::uses_sm90() const {
+  return has_sm90_ && newest_family.load(std::memory_order_relaxed) >= 90;
+}
+
 Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
                                                          ForwardParams const& params) const {
-  if (!has_sm90_ || newest_family.load(std::memory_order_relaxed) < 90) {
+  if (!uses_sm90()) {
     return nullptr;
   }
   Sm90ForwardConfig const* const row =
@@ -149,7 +153,7 @@ Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
 
 Sm90BackwardConfig const* CudaDevice::sm90_backward_config(DType dtype,
                                                            BackwardParams const& params) const {
-  if (!has_sm90_ || newest_family.load(std::memory_order_relaxed) < 90) {
+  if (!uses_sm90()) {
     return nullptr;
   }
   Sm90BackwardConfig const* const row = select_sm90_backward(dtype, params.shape, smem_bytes_);

@@ -32,6 +32,9 @@ class CudaDevice {
   template <class Config>
   using Table = std::array<std::array<Selection<Config>, 256 / kHeadDimStep + 1>, 2>;
 
+  /// False also where limit_kernel_family() says so.
+  bool uses_sm90() const;
+
   template <class Config>
   Config const& find(Table<Config> const& table, char const* pass, DType dtype,
                      Shape const& shape) const;

@@ -6,8 +6,28 @@ namespace flash {
 namespace {
 
 template <class Config, std::size_t kCount>
-void append(std::vector<Config>& rows, Config const (&table)[kCount]) {
-  rows.insert(rows.end(), std::begin(table), std::end(table));
+std::vector<Config> both(Config const (&bf16)[kCount], Config const (&fp16)[kCount]) {
+  std::vector<Config> rows(std::begin(bf16), std::end(bf16));
+  rows.insert(rows.end(), std::begin(fp16), std::end(fp16));
+  return rows;
+}
+
+/// The first row of a table of the sm90 family that holds the head_dims and that serves() besides;
+/// null if there is none.
+template <class Config, std::size_t kCount, class Serves>
+Config const* first_sm90_row(Config const (&bf16)[kCount], Config const (&fp16)[kCount],
+                             DType dtype, Shape const& shape, int smem_bytes,
+                             Serves const& serves) {
+  if (dtype == DType::kFp32) {
+    return nullptr;
+  }
+  for (Config const& row : dtype == DType::kBf16 ? bf16 : fp16) {
+    if (shape.head_dim <= row.head_dim && shape.head_dim_v <= row.head_dim_v &&
+        row.smem_bytes() <= smem_bytes && is_compiled(row.name()) && serves(row)) {
+      return &row;
+    }
+  }
+  return nullptr;
 }
 
 /// Why `row` can't serve the request; empty if it can.
@@ -68,17 +88,11 @@ Selection<Config> select(std::vector<Config> const& rows, KernelRequest const& r
 }  // namespace
 
 std::vector<ForwardConfig> forward_rows() {
-  std::vector<ForwardConfig> rows;
-  append(rows, kForwardRows<DType::kBf16>);
-  append(rows, kForwardRows<DType::kFp16>);
-  return rows;
+  return both(kForwardRows<DType::kBf16>, kForwardRows<DType::kFp16>);
 }
 
 std::vector<BackwardConfig> backward_rows() {
-  std::vector<BackwardConfig> rows;
-  append(rows, kBackwardRows<DType::kBf16>);
-  append(rows, kBackwardRows<DType::kFp16>);
-  return rows;
+  return both(kBackwardRows<DType::kBf16>, kBackwardRows<DType::kFp16>);
 }
 
 Selection<ForwardConfig> select_forward(KernelRequest const& request) {
@@ -90,51 +104,26 @@ Selection<BackwardConfig> select_backward(KernelRequest const& request) {
 }
 
 std::vector<Sm90ForwardConfig> sm90_forward_rows() {
-  std::vector<Sm90ForwardConfig> rows;
-  append(rows, kSm90ForwardRows<DType::kBf16>);
-  append(rows, kSm90ForwardRows<DType::kFp16>);
-  return rows;
+  return both(kSm90ForwardRows<DType::kBf16>, kSm90ForwardRows<DType::kFp16>);
+}
+
+std::vector<Sm90BackwardConfig> sm90_backward_rows() {
+  return both(kSm90BackwardRows<DType::kBf16>, kSm90BackwardRows<DType::kFp16>);
 }
 
 Sm90ForwardConfig const* select_sm90_forward(DType dtype, Shape const& shape, Mask mask,
                                              int smem_bytes) {
-  if (dtype == DType::kFp32) {
-    return nullptr;
-  }
   MaskClass const mask_class =
       hides_any_key(mask, shape.seqlen_q, shape.seqlen_k) ? MaskClass::kBounded : MaskClass::kNone;
-  auto const& rows =
-      dtype == DType::kBf16 ? kSm90ForwardRows<DType::kBf16> : kSm90ForwardRows<DType::kFp16>;
-  for (Sm90ForwardConfig const& row : rows) {
-    if (row.mask == mask_class && shape.head_dim <= row.head_dim &&
-        shape.head_dim_v <= row.head_dim_v && shape.seqlen_q <= row.max_seqlen_q &&
-        row.smem_bytes() <= smem_bytes && is_compiled(row.name())) {
-      return &row;
-    }
-  }
-  return nullptr;
-}
-
-std::vector<Sm90BackwardConfig> sm90_backward_rows() {
-  std::vector<Sm90BackwardConfig> rows;
-  append(rows, kSm90BackwardRows<DType::kBf16>);
-  append(rows, kSm90BackwardRows<DType::kFp16>);
-  return rows;
+  return first_sm90_row(kSm90ForwardRows<DType::kBf16>, kSm90ForwardRows<DType::kFp16>, dtype,
+                        shape, smem_bytes, [&](Sm90ForwardConfig const& row) {
+                          return row.mask == mask_class && shape.seqlen_q <= row.max_seqlen_q;
+                        });
 }
 
 Sm90BackwardConfig const* select_sm90_backward(DType dtype, Shape const& shape, int smem_bytes) {
-  if (dtype == DType::kFp32) {
-    return nullptr;
-  }
-  auto const& rows =
-      dtype == DType::kBf16 ? kSm90BackwardRows<DType::kBf16> : kSm90BackwardRows<DType::kFp16>;
-  for (Sm90BackwardConfig const& row : rows) {
-    if (shape.head_dim <= row.head_dim && shape.head_dim_v <= row.head_dim_v &&
-        row.smem_bytes() <= smem_bytes && is_compiled(row.name())) {
-      return &row;
-    }
-  }
-  return nullptr;
+  return first_sm90_row(kSm90BackwardRows<DType::kBf16>, kSm90BackwardRows<DType::kFp16>, dtype,
+                        shape, smem_bytes, [](Sm90BackwardConfig const&) { return true; });
 }
 
 }  // namespace flash

@@ -34,29 +34,35 @@ void bind_selection(py::module_& module, char const* name) {
       .def_readonly("why_not", &Selection<Config>::why_not);
 }
 
+/// What forward and backward rows of the sm90 family have in common.
+template <class Config>
+py::class_<Config> bind_sm90_row(py::module_& module, char const* name) {
+  return py::class_<Config>(module, name)
+      .def_property_readonly("name", [](Config const& row) { return std::string(row.name().text); })
+      .def_readonly("dtype", &Config::dtype)
+      .def_readonly("head_dim", &Config::head_dim)
+      .def_readonly("head_dim_v", &Config::head_dim_v)
+      .def_readonly("tile_m", &Config::tile_m)
+      .def_readonly("tile_n", &Config::tile_n)
+      .def_property_readonly("num_threads", &Config::num_threads)
+      .def_property_readonly("smem_bytes", &Config::smem_bytes)
+      .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
+}
+
 void bind_sm90_forward(py::module_& module) {
   using Config = Sm90ForwardConfig;
   py::enum_<MaskClass>(module, "MaskClass")
       .value("none", MaskClass::kNone)
       .value("bounded", MaskClass::kBounded);
-  py::class_<Config>(module, "Sm90ForwardConfig")
-      .def_property_readonly("name", [](Config const& row) { return std::string(row.name().text); })
-      .def_readonly("dtype", &Config::dtype)
-      .def_readonly("head_dim", &Config::head_dim)
-      .def_readonly("head_dim_v", &Config::head_dim_v)
+  bind_sm90_row<Config>(module, "Sm90ForwardConfig")
       .def_readonly("mask", &Config::mask)
       .def_readonly("max_seqlen_q", &Config::max_seqlen_q)
-      .def_readonly("tile_m", &Config::tile_m)
-      .def_readonly("tile_n", &Config::tile_n)
       .def_readonly("q_stages", &Config::q_stages)
       .def_readonly("k_stages", &Config::k_stages)
       .def_readonly("v_stages", &Config::v_stages)
       .def_readonly("out_in_v", &Config::out_in_v)
       .def_readonly("ping_pong", &Config::ping_pong)
-      .def_readonly("rows_in_turn", &Config::rows_in_turn)
-      .def_property_readonly("num_threads", &Config::num_threads)
-      .def_property_readonly("smem_bytes", &Config::smem_bytes)
-      .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
+      .def_readonly("rows_in_turn", &Config::rows_in_turn);
   module.def("sm90_forward_rows", sm90_forward_rows);
   module.def(
       "select_sm90_forward",
@@ -77,19 +83,9 @@ void bind_sm90_forward(py::module_& module) {
 }
 
 void bind_sm90_backward(py::module_& module) {
-  using Config = Sm90BackwardConfig;
-  py::class_<Config>(module, "Sm90BackwardConfig")
-      .def_property_readonly("name", [](Config const& row) { return std::string(row.name().text); })
-      .def_readonly("dtype", &Config::dtype)
-      .def_readonly("head_dim", &Config::head_dim)
-      .def_readonly("head_dim_v", &Config::head_dim_v)
-      .def_readonly("tile_m", &Config::tile_m)
-      .def_readonly("tile_n", &Config::tile_n)
-      .def_readonly("dout_stages", &Config::dout_stages)
-      .def_readonly("landing_strips", &Config::landing_strips)
-      .def_property_readonly("num_threads", &Config::num_threads)
-      .def_property_readonly("smem_bytes", &Config::smem_bytes)
-      .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
+  bind_sm90_row<Sm90BackwardConfig>(module, "Sm90BackwardConfig")
+      .def_readonly("dout_stages", &Sm90BackwardConfig::dout_stages)
+      .def_readonly("landing_strips", &Sm90BackwardConfig::landing_strips);
   module.def("sm90_backward_rows", sm90_backward_rows);
   module.def(
       "select_sm90_backward",
