@@ -22,10 +22,10 @@ struct Views {
 Views views_of(BackwardParams const& params, DType dtype) {
   Shape const& s = params.shape;
   auto const of_queries = [&](Strided const& tensor, int head_dim) {
-    return TensorView{tensor, dtype, s.batch_size, s.seqlen_q, s.num_heads, head_dim};
+    return TensorView{tensor, dtype, true, s.batch_size, s.seqlen_q, s.num_heads, head_dim};
   };
   auto const of_keys = [&](Strided const& tensor, int head_dim) {
-    return TensorView{tensor, dtype, s.batch_size, s.seqlen_k, s.num_heads_k, head_dim};
+    return TensorView{tensor, dtype, true, s.batch_size, s.seqlen_k, s.num_heads_k, head_dim};
   };
   return {of_queries(params.q, s.head_dim), of_keys(params.k, s.head_dim),
           of_keys(params.v, s.head_dim_v),  of_queries(params.dout, s.head_dim_v),

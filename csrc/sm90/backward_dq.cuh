@@ -67,8 +67,10 @@ struct BackwardSender {
     uint64_t const once = evict_first();
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
-      tma_store(map, tile + block * Tile::kBlockBytes, first_col + block * Tile::kBlockCols,
-                item.n_block * Traits::kTileN + first_key, item.head_k, item.batch, once);
+      tma_store(map, tile + block * Tile::kBlockBytes,
+                {first_col + block * Tile::kBlockCols, item.n_block * Traits::kTileN + first_key,
+                 item.head_k, item.batch, 0},
+                once);
     }
   }
   __device__ __forceinline__ void send_gradients(WorkItem const& item, uint32_t phase) {

@@ -39,7 +39,7 @@ struct BackwardLoader {
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
       tma_load(smem_address(tile) + block * Tile::kBlockBytes, map, barrier,
-               block * Tile::kBlockCols, row, head, batch, l2_policy...);
+               {block * Tile::kBlockCols, row, head, batch, 0}, l2_policy...);
     }
   }
   /// Copies a key tile, which no other thread block reads.

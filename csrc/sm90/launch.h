@@ -13,6 +13,9 @@ namespace flash::sm90 {
 /// bytes, no stride of zero, none of 2^40 bytes and more, nothing empty.
 bool can_address(ForwardParams const& params, DType dtype);
 
+/// Bytes of ForwardParams::workspace: a list of the tiles of packed queries, else 0.
+std::size_t forward_workspace_bytes(Sm90ForwardConfig const& config, ForwardParams const& params);
+
 /// Launches the kernel of `config`, a compiled row of the table, for tensors that can be addressed.
 /// Throws std::runtime_error with the CUDA error's text when a launch fails.
 void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Device const& device,
