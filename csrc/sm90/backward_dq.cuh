@@ -50,12 +50,12 @@ struct BackwardSender {
     send(smem_address(shared.outbox[warpgroup]));
     commit(shared.outbox_empty[warpgroup]);
   }
-  /// Deterministic sums: key tiles add in their own order.
+  /// Deterministic sums: key tiles add in their own order. It is mostly this one's turn, and then a
+  /// fence of its own would be the longest part of this thread's way through a query tile.
   __device__ __forceinline__ void wait_turn(int const* contributed, int turn) {
-    while (load_relaxed(contributed) < turn) {
+    while (load_acquire(contributed) < turn) {
       give_back();
     }
-    fence_gpu();
     fence_async_proxy_global();
   }
 
