@@ -58,7 +58,7 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
   };
   if (auto const* const row = device.sm90_backward_config(call.dtype, call.params)) {
     int const section = sm90::backward_section(*row, call.shape, device.properties());
-    run(sm90::backward_workspace_bytes(*row, call.shape, section), [&](Stream stream) {
+    run(sm90::backward_workspace_bytes(*row, call.params, section), [&](Stream stream) {
       sm90::backward(*row, call.params, section, device.properties(), stream);
     });
   } else {

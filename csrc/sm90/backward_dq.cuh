@@ -50,7 +50,7 @@ struct BackwardSender {
     send(smem_address(shared.outbox[warpgroup]));
     commit(shared.outbox_empty[warpgroup]);
   }
-  /// Deterministic sums: key tiles add in their own order. It is mostly this one's turn, and then a
+  /// Deterministic sums: key tiles add in the order in which they were drawn. It is mostly this one's turn, and then a
   /// fence of its own would be the longest part of this thread's way through a query tile.
   __device__ __forceinline__ void wait_turn(int const* contributed, int turn) {
     while (load_acquire(contributed) < turn) {
@@ -121,11 +121,13 @@ struct BackwardSender {
         add_release(contributed + query_tile, 1);
       }
     };
-    for_each_query_tile(item, shape.query_heads_per_key_head(), [&](int head, int m_block) {
+    int const group_size = shape.query_heads_per_key_head();
+    for_each_query_tile(item, group_size, division.step, [&](int head, int m_block) {
       int const query_tile = head * division.m_blocks + m_block;
       float* const tile_sums = sums + int64_t(query_tile) * (Traits::kDqBytes / 4);
       if (params.problem.deterministic) {
-        wait_turn(contributed + query_tile, item.n_block - n_block_range(grid, m_block).min);
+        wait_turn(contributed + query_tile,
+                  division.num_earlier(n_block_range(grid, m_block), item.n_block));
       }
 #pragma unroll 1
       for (int i = 0; i < Traits::kGroups; ++i) {  // in turns, the first of each warpgroup first
