@@ -32,9 +32,9 @@ Views views_of(BackwardParams const& params, DType dtype) {
           of_keys(params.dk, s.head_dim),   of_keys(params.dv, s.head_dim_v)};
 }
 
-/// Deterministic sums are added in the order of the items of a key head. With a right bound, each
-/// item then starts where the ones before it are already past: at its own end of the diagonal. The
-/// other way round, all would start at the last query tile and follow each other from there.
+/// Deterministic sums are added in the order in which items are drawn. With a right bound, items
+/// that start at their end of the diagonal, the last key tile first, find those before them ahead;
+/// from the last query tile back all would start together and wait for each other.
 bool is_ascending(BackwardParams const& params) {
   return params.deterministic && params.mask.window_right >= 0;
 }
@@ -73,8 +73,7 @@ bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
   Views const views = views_of(params, config.dtype);
   return is_addressable(views.q) && is_addressable(views.k) && is_addressable(views.v) &&
          is_addressable(views.dout) && is_addressable(views.dk) && is_addressable(views.dv) &&
-         can_number(config,
-                    divide(config, params, backward_section(config, params.shape, device)));
+         can_number(config, divide(config, params, backward_section(config, params.shape, device)));
 }
 
 int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Device const& device) {

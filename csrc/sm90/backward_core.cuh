@@ -246,11 +246,7 @@ struct BackwardCore {
     int const step = params.division.step;
     int const first = step > 0 ? m_min : m_max - 1, last = step > 0 ? m_max - 1 : m_min;
     BlockRange const full = full_range(key_begin);
-    return {first,
-            last,
-            step,
-            {uniform(full.min), uniform(full.max)},
-            group_size * (m_max - m_min),
+    return {first, last, step, {uniform(full.min), uniform(full.max)}, group_size * (m_max - m_min),
             first};
   }
 };

@@ -50,8 +50,8 @@ struct BackwardSender {
     send(smem_address(shared.outbox[warpgroup]));
     commit(shared.outbox_empty[warpgroup]);
   }
-  /// Deterministic sums: key tiles add in the order in which they were drawn. It is mostly this one's turn, and then a
-  /// fence of its own would be the longest part of this thread's way through a query tile.
+  /// Deterministic sums: key tiles add in the order in which they were drawn. Mostly it is this
+  /// one's turn at the first look: a fence after that would cost as much again.
   __device__ __forceinline__ void wait_turn(int const* contributed, int turn) {
     while (load_acquire(contributed) < turn) {
       give_back();

@@ -94,8 +94,8 @@ __device__ __forceinline__ TileGrid tile_grid(BackwardParams const& problem, int
 /// Calls visit(head_in_group, m_block) for the query tiles of `item` in the order in which every
 /// role walks them.
 template <class Visit>
-__device__ __forceinline__ void for_each_query_tile(WorkItem const& item, int group_size,
-                                                    int step, Visit const& visit) {
+__device__ __forceinline__ void for_each_query_tile(WorkItem const& item, int group_size, int step,
+                                                    Visit const& visit) {
 #pragma unroll 1
   for (int head = step > 0 ? 0 : group_size - 1; head >= 0 && head < group_size; head += step) {
 #pragma unroll 1
