@@ -137,6 +137,11 @@ struct BackwardSender {
           bulk_reduce_add(tile_sums + group * (Traits::kGroupBytes / 4), outbox,
                           Traits::kGroupBytes);
         });
+        if (i == 0 && params.problem.deterministic) {
+          tma_store_wait<1>();
+          announce(previous);
+          previous = -1;
+        }
       }
       tma_store_wait<Traits::kGroups>();
       announce(previous);
