@@ -93,7 +93,7 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
     launch(current_stream(device_index));
   };
   if (auto const* const row = device.sm90_backward_config(call.dtype, call.params)) {
-    int const section = sm90::backward_section(*row, call.params.shape, device.properties());
+    int const section = sm90::backward_section(*row, call.params, device.properties());
     run(sm90::backward_workspace_bytes(*row, call.params, section), [&](Stream stream) {
       sm90::backward(*row, call.params, section, device.properties(), stream);
     });

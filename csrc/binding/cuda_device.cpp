@@ -154,7 +154,7 @@ Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
 
 Sm90BackwardConfig const* CudaDevice::sm90_backward_config(DType dtype,
                                                            BackwardParams const& params) const {
-  if (!uses_sm90() || params.has_extras() || !params.sequences.are_entries()) {
+  if (!uses_sm90() || params.has_extras()) {
     return nullptr;
   }
   Sm90BackwardConfig const* const row = select_sm90_backward(dtype, params.shape, smem_bytes_);

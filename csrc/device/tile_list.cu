@@ -133,26 +133,39 @@ __device__ void clear_padding(PackedProblem const& problem, int block_idx) {
   }
 }
 
-/// The first thread block writes the list, the others clear.
+struct ListRequests {
+  ListRequest request[2];
+  int count;
+};
+
+/// The first thread blocks write a list each, the others clear.
 __global__ void __launch_bounds__(kThreads)
     list_tiles_kernel(__grid_constant__ PackedProblem const problem,
-                      __grid_constant__ Tiling const tiling, int* num_tiles, ListedTile* tiles) {
-  if (blockIdx.x == 0) {
-    write_list(problem, tiling, num_tiles, tiles);
+                      __grid_constant__ ListRequests const requests) {
+  if (int(blockIdx.x) < requests.count) {
+    ListRequest const& request = requests.request[blockIdx.x];
+    write_list(problem, request.tiling, static_cast<int*>(request.memory),
+               static_cast<ListedTile*>(request.memory) + 1);
   } else {
-    clear_padding(problem, blockIdx.x - 1);
+    clear_padding(problem, blockIdx.x - requests.count);
   }
+}
+
+void launch_list_tiles(PackedProblem const& problem, ListRequests const& requests, void* stream) {
+  launch<list_tiles_kernel>(requests.count + kClearingBlocks, kThreads, 0, stream, problem,
+                            requests);
 }
 
 }  // namespace
 
-TileList list_tiles(PackedProblem const& problem, Tiling const& tiling, void* memory,
-                    void* stream) {
-  int* const num_tiles = static_cast<int*>(memory);
-  ListedTile* const tiles = static_cast<ListedTile*>(memory) + 1;
-  launch<list_tiles_kernel>(1 + kClearingBlocks, kThreads, 0, stream, problem, tiling, num_tiles,
-                            tiles);
-  return {num_tiles, tiles};
+TileList list_tiles(PackedProblem const& problem, ListRequest const& request, void* stream) {
+  launch_list_tiles(problem, {{request, request}, 1}, stream);
+  return request.list();
+}
+
+void list_tiles(PackedProblem const& problem, ListRequest const& first, ListRequest const& second,
+                void* stream) {
+  launch_list_tiles(problem, {{first, second}, 2}, stream);
 }
 
 }  // namespace flash

@@ -56,8 +56,40 @@ inline std::size_t tile_list_bytes(int64_t num_tiles) {
   return std::size_t(num_tiles + 1) * sizeof(ListedTile);
 }
 
-/// Launches one kernel that writes the list to `memory`, tile_list_bytes() of it, and clears rows
-/// without a sequence.
-TileList list_tiles(PackedProblem const& problem, Tiling const& tiling, void* memory, void* stream);
+inline PackedProblem packed_problem(ForwardParams const& params) {
+  Shape const& shape = params.shape;
+  return {.shape = shape,
+          .sequences = params.sequences,
+          .mask = params.mask,
+          .padded = {{params.out, shape.num_heads, shape.head_dim_v, false}},
+          .num_padded = 1,
+          .softmax_lse = params.softmax_lse};
+}
+inline PackedProblem packed_problem(BackwardParams const& params) {
+  Shape const& shape = params.shape;
+  return {.shape = shape,
+          .sequences = params.sequences,
+          .mask = params.mask,
+          .padded = {{params.dq, shape.num_heads, shape.head_dim, false},
+                     {params.dk, shape.num_heads_k, shape.head_dim, true},
+                     {params.dv, shape.num_heads_k, shape.head_dim_v, true}},
+          .num_padded = 3,
+          .softmax_lse = nullptr};
+}
+
+/// A list to write to `memory`, which is tile_list_bytes() large.
+struct ListRequest {
+  Tiling tiling;
+  void* memory;
+
+  TileList list() const {
+    return {static_cast<int const*>(memory), static_cast<ListedTile const*>(memory) + 1};
+  }
+};
+
+/// Launches one kernel that writes one list or two, and clears rows without a sequence.
+TileList list_tiles(PackedProblem const& problem, ListRequest const& request, void* stream);
+void list_tiles(PackedProblem const& problem, ListRequest const& first, ListRequest const& second,
+                void* stream);
 
 }  // namespace flash

@@ -21,8 +21,8 @@
 #include "device/copy.cuh"
 #include "device/mma.cuh"
 #include "device/score_options.cuh"
+#include "device/tile_source.h"
 #include "sm80/backward_workspace.cuh"
-#include "sm80/tile_source.cuh"
 
 namespace flash::sm80 {
 
@@ -116,7 +116,7 @@ template <class Traits>
 __device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileSource const& source,
                                             int tile_idx) {
   Shape const& shape = params.shape;
-  Tile const tile = source.tile(tile_idx, shape.num_heads_k);
+  Tile const tile = source.tile(tile_idx);
   int const batch = tile.batch_head / shape.num_heads_k;
   Sequence const sequence = sequence_of(params, batch);
   TileGrid const grid = tile_grid<Traits>(params, sequence);

@@ -14,7 +14,7 @@ namespace flash::sm80 {
 inline TileOrder backward_order(BackwardConfig const& config, BackwardParams const& params,
                                 Device const& device) {
   Shape const& shape = params.shape;
-  int const num_batch_heads = shape.batch_size * shape.num_heads_k;
+  int const num_batch_heads = params.sequences.entries_k * shape.num_heads_k;
   bool const causal = params.mask.window_right >= 0;
   int64_t const bytes_per_row = (shape.head_dim + shape.head_dim_v) * element_size(config.dtype) +
                                 shape.head_dim * int64_t(sizeof(float));
@@ -24,28 +24,19 @@ inline TileOrder backward_order(BackwardConfig const& config, BackwardParams con
           false};
 }
 
-/// Packed keys: the tiles are listed first, by a kernel that also clears what is written by none.
+/// Packed keys: the tiles are listed first.
 inline LaunchedTiles backward_tiles(BackwardConfig const& config, BackwardParams const& params,
                                     void* list_memory, Device const& device, Stream stream) {
-  Shape const& shape = params.shape;
-  PackedProblem const packed{.shape = shape,
-                             .sequences = params.sequences,
-                             .mask = params.mask,
-                             .padded = {{params.dq, shape.num_heads, shape.head_dim, false},
-                                        {params.dk, shape.num_heads_k, shape.head_dim, true},
-                                        {params.dv, shape.num_heads_k, shape.head_dim_v, true}},
-                             .num_padded = 3,
-                             .softmax_lse = nullptr};
+  TileOrder const order = backward_order(config, params, device);
   if (params.sequences.cu_seqlens_k == nullptr) {
-    TileOrder const order = backward_order(config, params, device);
     return {{order, {}}, int64_t(order.num_blocks) * order.num_batch_heads};
   }
   Tiling const tiling{.of_keys = true,
                       .tile_rows = config.tile_n,
                       .other_tile_rows = config.tile_m,
                       .descending = false};
-  TileList const list = list_tiles(packed, tiling, list_memory, stream);
-  return {{{}, list}, max_key_tiles(config, params) * shape.num_heads_k};
+  return {{order, list_tiles(packed_problem(params), {tiling, list_memory}, stream)},
+          max_key_tiles(config, params) * params.shape.num_heads_k};
 }
 
 template <BackwardConfig kConfig>

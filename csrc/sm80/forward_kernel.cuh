@@ -13,7 +13,7 @@
 #include "device/copy.cuh"
 #include "device/mma.cuh"
 #include "device/score_options.cuh"
-#include "sm80/tile_source.cuh"
+#include "device/tile_source.h"
 
 namespace flash::sm80 {
 
@@ -78,7 +78,7 @@ struct QueryTile {
 __device__ __forceinline__ QueryTile query_tile(ForwardParams const& params,
                                                 TileSource const& source, int idx) {
   Shape const& shape = params.shape;
-  Tile const tile = source.tile(idx, shape.num_heads);
+  Tile const tile = source.tile(idx);
   int const batch = tile.batch_head / shape.num_heads;
   return {tile.block, batch, tile.batch_head % shape.num_heads, sequence_of(params, batch)};
 }

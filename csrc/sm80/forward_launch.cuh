@@ -13,7 +13,7 @@ namespace flash::sm80 {
 inline TileOrder forward_order(ForwardConfig const& config, ForwardParams const& params,
                                Device const& device) {
   Shape const& shape = params.shape;
-  int const num_batch_heads = shape.batch_size * shape.num_heads;
+  int const num_batch_heads = params.sequences.entries_q * shape.num_heads;
   bool const causal = params.mask.window_right >= 0;
   int64_t const bytes_per_head = shape.kv_bytes_per_query_head(config.dtype);
   return {ceil_div(shape.seqlen_q, config.tile_m), num_batch_heads,
@@ -21,26 +21,21 @@ inline TileOrder forward_order(ForwardConfig const& config, ForwardParams const&
           causal};
 }
 
-/// Packed queries: the tiles are listed first, by a kernel that also clears what it won't write.
+/// Packed queries: the tiles are listed first.
 inline LaunchedTiles forward_tiles(ForwardConfig const& config, ForwardParams const& params,
                                    Device const& device, Stream stream) {
   Shape const& shape = params.shape;
+  TileOrder order = forward_order(config, params, device);
   if (params.sequences.cu_seqlens_q == nullptr) {
-    TileOrder const order = forward_order(config, params, device);
     return {{order, {}}, int64_t(order.num_blocks) * order.num_batch_heads};
   }
-  PackedProblem const packed{.shape = shape,
-                             .sequences = params.sequences,
-                             .mask = params.mask,
-                             .padded = {{params.out, shape.num_heads, shape.head_dim_v, false}},
-                             .num_padded = 1,
-                             .softmax_lse = params.softmax_lse};
   Tiling const tiling{.of_keys = false,
                       .tile_rows = config.tile_m,
                       .other_tile_rows = config.tile_n,
-                      .descending = params.mask.window_right >= 0};
-  TileList const list = list_tiles(packed, tiling, params.workspace, stream);
-  return {{{}, list}, max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m) * shape.num_heads};
+                      .descending = order.descending};
+  order.descending = false;  // the list is in order
+  return {{order, list_tiles(packed_problem(params), {tiling, params.workspace}, stream)},
+          max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m) * shape.num_heads};
 }
 
 template <int kHeadDim>

@@ -30,7 +30,7 @@ bool can_address(Sm90BackwardConfig const&, BackwardParams const&, Device const&
   return false;
 }
 
-int backward_section(Sm90BackwardConfig const&, Shape const&, Device const&) {
+int backward_section(Sm90BackwardConfig const&, BackwardParams const&, Device const&) {
   raise_absent();
 }
 

@@ -19,13 +19,20 @@ struct Views {
   TensorView q, k, v, dout, dk, dv;
 };
 
+bool is_packed(BackwardParams const& params) {
+  return params.sequences.cu_seqlens_q != nullptr;
+}
+
 Views views_of(BackwardParams const& params, DType dtype) {
   Shape const& s = params.shape;
+  bool const whole = !is_packed(params);
   auto const of_queries = [&](Strided const& tensor, int head_dim) {
-    return TensorView{tensor, dtype, true, s.batch_size, s.seqlen_q, s.num_heads, head_dim};
+    return TensorView{tensor,     dtype,       whole,   params.sequences.entries_q,
+                      s.seqlen_q, s.num_heads, head_dim};
   };
   auto const of_keys = [&](Strided const& tensor, int head_dim) {
-    return TensorView{tensor, dtype, true, s.batch_size, s.seqlen_k, s.num_heads_k, head_dim};
+    return TensorView{tensor,     dtype,         whole,   params.sequences.entries_k,
+                      s.seqlen_k, s.num_heads_k, head_dim};
   };
   return {of_queries(params.q, s.head_dim), of_keys(params.k, s.head_dim),
           of_keys(params.v, s.head_dim_v),  of_queries(params.dout, s.head_dim_v),
@@ -39,31 +46,77 @@ bool is_ascending(BackwardParams const& params) {
   return params.deterministic && params.mask.window_right >= 0;
 }
 
+/// Query tiles of a query head, and how many key tiles of a key head there may be.
+int query_blocks(Sm90BackwardConfig const& config, BackwardParams const& params) {
+  return is_packed(params) ? params.softmax_d_rows / config.tile_m
+                           : ceil_div(params.shape.seqlen_q, config.tile_m);
+}
+int64_t max_key_blocks(Sm90BackwardConfig const& config, BackwardParams const& params) {
+  Shape const& shape = params.shape;
+  return is_packed(params) ? max_tiles(shape.seqlen_k, shape.batch_size, config.tile_n)
+                           : ceil_div(shape.seqlen_k, config.tile_n);
+}
+
 /// A key head's section is over before its slot is needed again, which is what keeps the waits free
 /// of cycles: slots >= section. Ascending, a key head's last item is its longest, and only behind
-/// that one are its sums converted: a third section is under way meanwhile.
+/// that one are its sums converted: a third section is under way meanwhile. The key heads of packed
+/// sequences all have sums of their own; their sections only keep those in L2 that are added to.
 BackwardDivision divide(Sm90BackwardConfig const& config, BackwardParams const& params,
                         int section) {
   Shape const& shape = params.shape;
   bool const ascending = is_ascending(params);
-  int const m_blocks = ceil_div(shape.seqlen_q, config.tile_m);
-  int const n_blocks = ceil_div(shape.seqlen_k, config.tile_n);
-  int const query_tiles = shape.query_heads_per_key_head() * m_blocks;
-  int const key_heads = shape.batch_size * shape.num_heads_k;
-  return {.m_blocks = m_blocks,
-          .query_tiles = query_tiles,
-          .key_heads = key_heads,
-          .slots = imin((ascending ? 3 : 2) * section, key_heads),
-          .items = {n_blocks, key_heads, section, ascending},
-          .tiles = {query_tiles, key_heads, section, !ascending},
-          .step = ascending ? 1 : -1};
+  int const m_blocks = query_blocks(config, params);
+  int const n_blocks = int(max_key_blocks(config, params));
+  int const group_size = shape.query_heads_per_key_head();
+  int const key_heads = params.sequences.entries_k * shape.num_heads_k;
+  BackwardDivision division{.m_blocks = m_blocks,
+                            .query_tiles = group_size * m_blocks,
+                            .key_heads = key_heads,
+                            .slots = imin((ascending ? 3 : 2) * section, key_heads),
+                            .items = {{n_blocks, key_heads, section, ascending}, {}},
+                            .tiles = {{group_size * m_blocks, key_heads, section, !ascending}, {}},
+                            .step = ascending ? 1 : -1};
+  if (is_packed(params)) {
+    division.slots = key_heads;
+    division.items.order = {n_blocks, key_heads, section, false};  // lists are in order
+    division.tiles.order = {m_blocks, shape.num_heads, group_size * section, false};
+  }
+  return division;
+}
+
+/// Where the lists of packed tiles are written, behind the rest of the workspace.
+struct Lists {
+  ListRequest items, tiles;
+  int64_t bytes;
+};
+
+Lists lists_of(Sm90BackwardConfig const& config, BackwardParams const& params, char* memory) {
+  if (!is_packed(params)) {
+    return {};
+  }
+  Shape const& shape = params.shape;
+  bool const ascending = is_ascending(params);
+  int64_t const items_bytes = int64_t(tile_list_bytes(max_key_blocks(config, params)));
+  int64_t const tiles_bytes =
+      int64_t(tile_list_bytes(max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m)));
+  return {{{.of_keys = true,
+            .tile_rows = config.tile_n,
+            .other_tile_rows = config.tile_m,
+            .descending = ascending},
+           memory},
+          {{.of_keys = false,
+            .tile_rows = config.tile_m,
+            .other_tile_rows = config.tile_n,
+            .descending = !ascending},
+           memory + items_bytes},
+          items_bytes + tiles_bytes};
 }
 
 /// Tiles and counters are numbered by ints, 16 bytes of the sums by 32 bits.
 bool can_number(Sm90BackwardConfig const& config, BackwardDivision const& division) {
   return BackwardWorkspace::sums_bytes(config, division) / 16 <= UINT32_MAX &&
          division.num_tiles() < INT_MAX / 4 &&
-         int64_t(division.items.num_blocks) * division.key_heads < INT_MAX;
+         int64_t(division.items.order.num_blocks) * division.key_heads < INT_MAX;
 }
 
 }  // namespace
@@ -73,11 +126,13 @@ bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
   Views const views = views_of(params, config.dtype);
   return is_addressable(views.q) && is_addressable(views.k) && is_addressable(views.v) &&
          is_addressable(views.dout) && is_addressable(views.dk) && is_addressable(views.dv) &&
-         can_number(config, divide(config, params, backward_section(config, params.shape, device)));
+         can_number(config, divide(config, params, backward_section(config, params, device)));
 }
 
-int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Device const& device) {
-  int const key_heads = shape.batch_size * shape.num_heads_k;
+int backward_section(Sm90BackwardConfig const& config, BackwardParams const& params,
+                     Device const& device) {
+  Shape const& shape = params.shape;
+  int const key_heads = params.sequences.entries_k * shape.num_heads_k;
   int64_t const bytes_per_row = (config.head_dim + config.head_dim_v) * element_size(config.dtype) +
                                 config.head_dim * int64_t(sizeof(float));
   int64_t const bytes_per_head =
@@ -93,17 +148,25 @@ std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, BackwardP
   BackwardDivision const division = divide(config, params, section);
   return std::size_t(BackwardWorkspace::sums_bytes(config, division) +
                      BackwardWorkspace::lse_bytes(params) +
-                     BackwardWorkspace::num_counters(division) * int64_t(sizeof(int)));
+                     BackwardWorkspace::num_counters(division) * int64_t(sizeof(int)) +
+                     lists_of(config, params, nullptr).bytes);
 }
 
 void backward(Sm90BackwardConfig const& config, BackwardParams const& params, int section,
               Device const& device, Stream stream) {
   make_context_current(device.index);
   Views const views = views_of(params, config.dtype);
-  BackwardDivision const division = divide(config, params, section);
+  BackwardDivision division = divide(config, params, section);
   char* const lse =
       static_cast<char*>(params.workspace) + BackwardWorkspace::sums_bytes(config, division);
   int* const counters = reinterpret_cast<int*>(lse + BackwardWorkspace::lse_bytes(params));
+  if (is_packed(params)) {
+    int* const end = counters + BackwardWorkspace::num_counters(division);
+    Lists const lists = lists_of(config, params, reinterpret_cast<char*>(end));
+    list_tiles(packed_problem(params), lists.items, lists.tiles, stream);
+    division.items.list = lists.items.list();
+    division.tiles.list = lists.tiles.list();
+  }
   int const dim = config.head_dim, dim_v = config.head_dim_v;
   BackwardKernelParams const kernel_params{
       .problem = params,
@@ -113,13 +176,16 @@ void backward(Sm90BackwardConfig const& config, BackwardParams const& params, in
       .v = make_tensor_map(views.v, config.tile_n, dim_v),
       .dk = make_tensor_map(views.dk, 64, dim),
       .dv = make_tensor_map(views.dv, 64, dim_v),
+      .rows = views.q.row_map(),
       .division = division,
       .workspace = {.dq_sums = static_cast<float*>(params.workspace),
                     .lse_log2 = reinterpret_cast<float*>(lse),
                     .next = counters,
                     .contributed = counters + 2,
                     .converted = counters + 2 + division.num_tiles()}};
-  int const num_blocks = imin(device.num_sms, division.items.num_tiles());
+  int64_t const num_items =
+      int64_t(division.items.order.num_blocks) * division.items.order.num_batch_heads;
+  int const num_blocks = int(num_items < device.num_sms ? num_items : device.num_sms);
   launch_in_unit(config, [&]<int kHeadDim>() {
     return BackwardUnit<kHeadDim>::launch(config, kernel_params, num_blocks, stream);
   });

@@ -69,24 +69,31 @@ struct BackwardCore {
 
   // ---- Mask ----
 
+  /// Of the item that is worked on. Looked up where it is needed: there are no registers to keep
+  /// it.
+  __device__ __forceinline__ Sequence sequence() const {
+    return sequence_of(params.problem, uniform(shared.item.batch));
+  }
   /// Query tiles that need no element mask for the 64 keys from key_begin on, a multiple of 64.
   __device__ __forceinline__ BlockRange full_range(int key_begin) const {
-    if (key_begin + 64 > params.problem.shape.seqlen_k) {
+    Sequence const sequence = this->sequence();
+    if (key_begin + 64 > sequence.seqlen_k) {
       return {0, 0};
     }
-    return full_m_block_range(tile_grid(params.problem, Traits::kTileM, 64), key_begin / 64);
+    return full_m_block_range(tile_grid(params.problem, sequence, Traits::kTileM, 64),
+                              key_begin / 64);
   }
   /// Hides the queries that don't see a key, and all from keys beyond the end.
   __device__ __forceinline__ void mask(Scores& scores, int key_begin, int m_block) const {
-    Shape const& shape = params.problem.shape;
+    Sequence const sequence = this->sequence();
     int const lane_col = m_block * Traits::kTileM + lane_idx() % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const key = key_begin + warp_idx * 16 + half * 8 + lane_idx() / 4;
       KeyRange const rows =
-          visible_keys(transposed(params.problem.mask), key, shape.seqlen_k, shape.seqlen_q);
+          visible_keys(transposed(params.problem.mask), key, sequence.seqlen_k, sequence.seqlen_q);
       mask_row(scores, half, rows.begin - lane_col,
-               (key < shape.seqlen_k ? rows.end : 0) - lane_col);
+               (key < sequence.seqlen_k ? rows.end : 0) - lane_col);
     }
   }
 

@@ -61,15 +61,18 @@ struct BackwardSender {
 
   /// Column blocks of a gradient of 64 keys, from first_col on.
   template <class Tile>
-  static __device__ __forceinline__ void store_keys(CUtensorMap const& map, uint32_t tile,
-                                                    WorkItem const& item, int first_key,
-                                                    int first_col) {
+  __device__ __forceinline__ void store_keys(CUtensorMap const& map, uint32_t tile,
+                                             WorkItem const& item, int first_key,
+                                             int first_col) const {
     uint64_t const once = evict_first();
+    Sequence const sequence = sequence_of(params.problem, item.batch);
+    RowOrigin const origin =
+        params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
+    int const row = origin.row + item.n_block * Traits::kTileN + first_key;
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
       tma_store(map, tile + block * Tile::kBlockBytes,
-                {first_col + block * Tile::kBlockCols, item.n_block * Traits::kTileN + first_key,
-                 item.head_k, item.batch, 0},
+                {first_col + block * Tile::kBlockCols, row, item.head_k, origin.outer, origin.wrap},
                 once);
     }
   }
@@ -110,13 +113,15 @@ struct BackwardSender {
   __device__ __forceinline__ void send_dq(WorkItem const& item) {
     BackwardDivision const& division = params.division;
     Shape const& shape = params.problem.shape;
-    int const key_head = item.batch * shape.num_heads_k + item.head_k;
+    Sequence const sequence = sequence_of(params.problem, item.batch);
+    int const key_head = sequence.entry_q * shape.num_heads_k + item.head_k;
+    int const first_tile = first_query_tile<Traits>(params.problem, sequence, item.batch);
     float* const sums = params.workspace.dq_sums + int64_t(key_head % division.slots) *
                                                        division.query_tiles *
                                                        (Traits::kDqBytes / 4);
     int* const contributed =
         params.workspace.contributed + int64_t(key_head) * division.query_tiles;
-    TileGrid const grid = tile_grid(params.problem, Traits::kTileM, Traits::kTileN);
+    TileGrid const grid = tile_grid(params.problem, sequence, Traits::kTileM, Traits::kTileN);
     int previous = -1;
     auto const announce = [&](int query_tile) {
       if (query_tile >= 0) {
@@ -125,7 +130,7 @@ struct BackwardSender {
     };
     int const group_size = shape.query_heads_per_key_head();
     for_each_query_tile(item, group_size, division.step, [&](int head, int m_block) {
-      int const query_tile = head * division.m_blocks + m_block;
+      int const query_tile = head * division.m_blocks + first_tile + m_block;
       float* const tile_sums = sums + int64_t(query_tile) * (Traits::kDqBytes / 4);
       if (params.problem.deterministic) {
         wait_turn(contributed + query_tile,
@@ -168,6 +173,11 @@ struct BackwardSender {
       give_back();
     }
   }
+};
+
+struct QueryTile {
+  int m_block;
+  int head, batch;
 };
 
 /// A warp that turns complete sums into dq, and clears them for the slot's next owner.
@@ -254,18 +264,20 @@ struct BackwardConverter {
     }
   }
 
-  /// Stores a group's rows of dq, of the query head `head` of the batch entry; without sums zeros.
-  __device__ __forceinline__ void store_group(int m_block, int group, int batch, int head,
-                                              uint32_t sums, bool has_sums) {
+  /// Stores a group's rows of dq; without sums zeros.
+  __device__ __forceinline__ void store_group(QueryTile const& tile, int group, uint32_t sums,
+                                              bool has_sums) {
     BackwardParams const& problem = params.problem;
+    Sequence const sequence = sequence_of(problem, tile.batch);
     int const row =
-        m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * group : 0) + lane_idx() / 4;
+        tile.m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * group : 0) + lane_idx() / 4;
     int const col = (Traits::kDqByRows ? 0 : Traits::kGroupCols * group) + lane_idx() % 2 * 8 +
                     lane_idx() % 4 / 2 * 4;
     int64_t const row_bytes = problem.dq.row_stride * 2;
-    char* target = static_cast<char*>(problem.dq.ptr) + (problem.dq.offset(batch, head) + col) * 2 +
-                   row * row_bytes;
-    int rows_left = problem.shape.seqlen_q - row;
+    char* target = static_cast<char*>(problem.dq.ptr) +
+                   (problem.dq.offset(sequence.entry_q, tile.head) + col) * 2 +
+                   (int64_t(sequence.first_q) + row) * row_bytes;
+    int rows_left = sequence.seqlen_q - row;
     uint32_t const landing = smem_address(shared.landing[warp_idx]) + lane_idx() * 16;
 #pragma unroll 1
     for (int strip = 0; strip < 4; strip += Traits::kLandingStrips) {
@@ -289,20 +301,35 @@ struct BackwardConverter {
     }
   }
 
-  __device__ __forceinline__ void convert(int tile_idx, int group, int& next) {
+  /// Where number tile_idx in the order of conversions lies; m_block -1 behind the last.
+  __device__ __forceinline__ QueryTile query_tile(int tile_idx) const {
     BackwardDivision const& division = params.division;
     Shape const& shape = params.problem.shape;
     Tile const tile = division.tiles.tile(tile_idx);
-    int const key_head = tile.batch_head;
-    int const m_block = tile.block % division.m_blocks;
+    if (tile.block < 0 || division.tiles.list.num_tiles != nullptr) {
+      return {tile.block, tile.batch_head % shape.num_heads, tile.batch_head / shape.num_heads};
+    }
+    int const head_k = tile.batch_head % shape.num_heads_k;
+    return {tile.block % division.m_blocks,
+            head_k * shape.query_heads_per_key_head() + tile.block / division.m_blocks,
+            tile.batch_head / shape.num_heads_k};
+  }
+
+  __device__ __forceinline__ void convert(QueryTile const& tile, int group, int& next) {
+    BackwardDivision const& division = params.division;
+    Shape const& shape = params.problem.shape;
+    Sequence const sequence = sequence_of(params.problem, tile.batch);
     int const group_size = shape.query_heads_per_key_head();
-    int const head = key_head % shape.num_heads_k * group_size + tile.block / division.m_blocks;
-    BlockRange const contributors =
-        n_block_range(tile_grid(params.problem, Traits::kTileM, Traits::kTileN), m_block);
+    int const key_head = sequence.entry_q * shape.num_heads_k + tile.head / group_size;
+    int const number = tile.head % group_size * division.m_blocks +
+                       first_query_tile<Traits>(params.problem, sequence, tile.batch) +
+                       tile.m_block;
+    BlockRange const contributors = n_block_range(
+        tile_grid(params.problem, sequence, Traits::kTileM, Traits::kTileN), tile.m_block);
     int const expected = contributors.max - contributors.min;
-    int const counter = key_head * division.query_tiles + tile.block;
+    int const counter = key_head * division.query_tiles + number;
     // In 16 bytes, of which there are fewer than 2^32.
-    uint32_t sums = uint32_t(key_head % division.slots * division.query_tiles + tile.block) *
+    uint32_t sums = uint32_t(key_head % division.slots * division.query_tiles + number) *
                         (Traits::kDqBytes / 16) +
                     group * (Traits::kGroupBytes / 16);
     // Nobody adds to a tile that no key sees, and its slot may still be another key head's.
@@ -315,23 +342,23 @@ struct BackwardConverter {
       announce();
       unannounced = counter;
     }
-    store_group(m_block, group, key_head / shape.num_heads_k, head, sums, expected > 0);
+    store_group(tile, group, sums, expected > 0);
     fence_async_proxy_global();  // the next owner's additions are not plain stores as the zeros are
     __syncwarp();                // the landing zone has been read
   }
 
   __device__ __forceinline__ void run() {
-    int const num_groups = Traits::kGroups * params.division.tiles.num_tiles();
     int next = 0;
     if (lane_idx() == 0) {
       next = atomicAdd(params.workspace.next + 1, 1);
     }
     while (true) {
       int const idx = __shfl_sync(0xffffffffu, next, 0);
-      if (idx >= num_groups) {
+      QueryTile const tile = query_tile(idx / Traits::kGroups);
+      if (tile.m_block < 0) {
         break;
       }
-      convert(idx / Traits::kGroups, idx % Traits::kGroups, next);
+      convert(tile, idx % Traits::kGroups, next);
     }
     if (lane_idx() == 0) {
       announce();

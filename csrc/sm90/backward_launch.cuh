@@ -11,9 +11,9 @@ namespace flash::sm90 {
 
 template <Sm90BackwardConfig kConfig>
 void launch_backward(BackwardKernelParams const& params, int num_blocks, void* stream) {
-  Shape const& shape = params.problem.shape;
-  int64_t const row_blocks =
-      int64_t(shape.batch_size) * shape.num_heads * (params.problem.softmax_d_rows / kRowsPerBlock);
+  BackwardParams const& problem = params.problem;
+  int64_t const row_blocks = int64_t(problem.sequences.entries_q) * problem.shape.num_heads *
+                             (problem.softmax_d_rows / kRowsPerBlock);
   int64_t const num_sums = BackwardWorkspace::sums_bytes(kConfig, params.division) / 4;
   flash::launch<preprocess_kernel<kConfig.dtype>>(row_blocks, kPreprocessThreads, 0, stream,
                                                   params.problem, params.workspace, num_sums,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "device/counter.cuh"
+#include "device/fresh.cuh"
 #include "device/tma.cuh"
 #include "sm90/backward_traits.cuh"
 
@@ -10,16 +11,16 @@ namespace flash::sm90 {
 /// Where item number item_idx lies.
 template <class Traits>
 __device__ __forceinline__ WorkItem work_item(BackwardKernelParams const& params, int item_idx) {
-  TileOrder const& items = params.division.items;
-  if (item_idx >= items.num_tiles()) {
+  Tile const tile = params.division.items.tile(item_idx);
+  if (tile.block < 0) {
     return {-1, 0, 0, 0, 0};
   }
   int const num_heads_k = params.problem.shape.num_heads_k;
-  Tile const tile = items.tile(item_idx);
-  BlockRange const range =
-      m_block_range(tile_grid(params.problem, Traits::kTileM, Traits::kTileN), tile.block);
-  return {tile.block, tile.batch_head % num_heads_k, tile.batch_head / num_heads_k, range.min,
-          range.max};
+  int const batch = tile.batch_head / num_heads_k;
+  Sequence const sequence = sequence_of(params.problem, batch);
+  BlockRange const range = m_block_range(
+      tile_grid(params.problem, sequence, Traits::kTileM, Traits::kTileN), tile.block);
+  return {tile.block, tile.batch_head % num_heads_k, batch, range.min, range.max};
 }
 
 template <class Traits>
@@ -34,21 +35,24 @@ struct BackwardLoader {
   /// Copies rows from `row` on of one head, with a policy for L2 if there is one.
   template <class Tile, class... Policy>
   static __device__ __forceinline__ void load_rows(CUtensorMap const& map, char* tile,
-                                                   uint32_t barrier, int row, int head, int batch,
-                                                   Policy... l2_policy) {
+                                                   uint32_t barrier, int row, int head,
+                                                   RowOrigin const& origin, Policy... l2_policy) {
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
       tma_load(smem_address(tile) + block * Tile::kBlockBytes, map, barrier,
-               {block * Tile::kBlockCols, row, head, batch, 0}, l2_policy...);
+               {block * Tile::kBlockCols, origin.row + row, head, origin.outer, origin.wrap},
+               l2_policy...);
     }
   }
   /// Copies a key tile, which no other thread block reads.
   template <class Tile>
-  static __device__ __forceinline__ void load_keys(CUtensorMap const& map, char* tile,
-                                                   uint64_t& full, WorkItem const& item) {
+  __device__ __forceinline__ void load_keys(CUtensorMap const& map, char* tile, uint64_t& full,
+                                            WorkItem const& item) const {
     uint32_t const barrier = smem_address(&full);
+    Sequence const sequence = sequence_of(params.problem, fresh(item.batch));
     mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
-    load_rows<Tile>(map, tile, barrier, item.n_block * Tile::kRows, item.head_k, item.batch,
+    load_rows<Tile>(map, tile, barrier, item.n_block * Tile::kRows, item.head_k,
+                    params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k),
                     evict_first());
   }
   __device__ __forceinline__ void load_v(WorkItem const& item) {
@@ -62,44 +66,52 @@ struct BackwardLoader {
     load_keys<typename Traits::TileK>(params.k, shared.k, shared.k_full, item);
   }
 
-  /// Statistics of a query tile's rows travel with Q and dO.
-  __device__ __forceinline__ void load_statistics(float const* of_rows, float* target, int head,
-                                                  int batch, int row, uint32_t barrier) {
-    Shape const& shape = params.problem.shape;
-    int64_t const first = (int64_t(batch) * shape.num_heads + head) * params.problem.softmax_d_rows;
-    bulk_load(smem_address(target), of_rows + first + row, Traits::kTileM * 4, barrier);
+  /// Copies a query tile's rows of Q or dO and of their statistics, which travel together.
+  template <class Tile>
+  __device__ __forceinline__ void load_queries(CUtensorMap const& map, char* tile,
+                                               float const* statistics, float* target,
+                                               uint64_t& full, uint64_t& empty, uint32_t phase,
+                                               int head, int batch, int m_block) const {
+    BackwardParams const& problem = params.problem;
+    Sequence const sequence = sequence_of(problem, fresh(batch));
+    int const row = m_block * Traits::kTileM;
+    uint32_t const barrier = smem_address(&full);
+    mbarrier_wait(smem_address(&empty), phase ^ 1);
+    mbarrier_arrive_expect_tx(barrier, Tile::kBytes + Traits::kTileM * 4);
+    load_rows<Tile>(map, tile, barrier, row, head,
+                    params.rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q));
+    int64_t const entry_head = int64_t(sequence.entry_q) * problem.shape.num_heads + head;
+    int const first_row = first_softmax_d_row(sequence, problem.sequences, batch);
+    bulk_load(smem_address(target),
+              statistics + entry_head * problem.softmax_d_rows + first_row + row,
+              Traits::kTileM * 4, barrier);
   }
   __device__ __forceinline__ void load_q(int head, int batch, int m_block) {
-    using Tile = typename Traits::TileQ;
-    int const row = m_block * Traits::kTileM;
-    uint32_t const barrier = smem_address(&shared.q_full[q.stage]);
-    mbarrier_wait(smem_address(&shared.q_empty[q.stage]), q.phase ^ 1);
-    mbarrier_arrive_expect_tx(barrier, Tile::kBytes + Traits::kTileM * 4);
-    load_rows<Tile>(params.q, shared.q[q.stage], barrier, row, head, batch);
-    load_statistics(params.workspace.lse_log2, shared.lse_log2[q.stage], head, batch, row, barrier);
+    load_queries<typename Traits::TileQ>(params.q, shared.q[q.stage], params.workspace.lse_log2,
+                                         shared.lse_log2[q.stage], shared.q_full[q.stage],
+                                         shared.q_empty[q.stage], q.phase, head, batch, m_block);
     q.advance();
   }
   __device__ __forceinline__ void load_dout(int head, int batch, int m_block) {
-    using Tile = typename Traits::TileDout;
-    int const row = m_block * Traits::kTileM;
-    uint32_t const barrier = smem_address(&shared.dout_full[dout.stage]);
-    mbarrier_wait(smem_address(&shared.dout_empty[dout.stage]), dout.phase ^ 1);
-    mbarrier_arrive_expect_tx(barrier, Tile::kBytes + Traits::kTileM * 4);
-    load_rows<Tile>(params.dout, shared.dout[dout.stage], barrier, row, head, batch);
-    load_statistics(params.problem.softmax_d, shared.softmax_d[dout.stage], head, batch, row,
-                    barrier);
+    load_queries<typename Traits::TileDout>(
+        params.dout, shared.dout[dout.stage], params.problem.softmax_d,
+        shared.softmax_d[dout.stage], shared.dout_full[dout.stage], shared.dout_empty[dout.stage],
+        dout.phase, head, batch, m_block);
     dout.advance();
   }
 
   /// Waits until the sums of the tile have been cleared of those of the slot's previous owner. Here
   /// and not where they are added to: this thread is one or two tiles ahead, so it waits for free.
-  __device__ __forceinline__ void wait_for_slot(int key_head, int query_tile) const {
+  /// Those of packed sequences have no previous owner.
+  __device__ __forceinline__ void wait_for_slot(WorkItem const& item, int head_in_group,
+                                                int m_block) const {
     BackwardDivision const& division = params.division;
-    if (key_head >= division.slots) {
-      int const* const converted = params.workspace.converted +
-                                   int64_t(key_head - division.slots) * division.query_tiles +
-                                   query_tile;
-      while (load_acquire(converted) < Traits::kGroups) {
+    int const owner =
+        fresh(item.batch) * params.problem.shape.num_heads_k + item.head_k - division.slots;
+    if (params.rows.entry_rows == 0 && owner >= 0) {
+      int64_t const query_tile =
+          int64_t(owner) * division.query_tiles + head_in_group * division.m_blocks + m_block;
+      while (load_acquire(params.workspace.converted + query_tile) < Traits::kGroups) {
         __nanosleep(64);
       }
       fence_async_proxy_global();  // the zeros are plain stores, the additions are not
@@ -109,14 +121,12 @@ struct BackwardLoader {
   /// The first query tile's operands come with V and K in between, in the order of their use; K is
   /// last because the previous item needs its own longest.
   __device__ __forceinline__ void load(WorkItem const& item) {
-    Shape const& shape = params.problem.shape;
-    int const group_size = shape.query_heads_per_key_head();
-    int const key_head = item.batch * shape.num_heads_k + item.head_k;
+    int const group_size = params.problem.shape.query_heads_per_key_head();
+    int const step = params.division.step;
     bool is_first = true;
-    BackwardDivision const& division = params.division;
-    for_each_query_tile(item, group_size, division.step, [&](int head_in_group, int m_block) {
-      int const head = item.head_k * group_size + head_in_group;
-      wait_for_slot(key_head, head_in_group * division.m_blocks + m_block);
+    for_each_query_tile(item, group_size, step, [&](int head_in_group, int m_block) {
+      int const head = fresh(item.head_k) * group_size + head_in_group;
+      wait_for_slot(item, fresh(head_in_group), m_block);
       load_q(head, item.batch, m_block);
       if (is_first) {
         load_v(item);

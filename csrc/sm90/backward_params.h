@@ -4,22 +4,25 @@
 #include <cuda.h>
 
 #include "arith/block_range.h"
-#include "arith/tile_order.h"
 #include "config/sm90_backward_config.h"
+#include "device/tile_source.h"
+#include "sm90/row_map.h"
 
 namespace flash::sm90 {
 
-/// How the problem is cut. A key head is one of batch * num_heads_k; its query tiles are those of
-/// all the query heads that read it, head after head. An item is one key tile of a key head.
+/// How the problem is cut. A key head is one of entries * num_heads_k; its query tiles are those of
+/// all the query heads that read it, head after head, and with packed queries in a head those of
+/// one sequence after the other. An item is one key tile of a key head.
 struct BackwardDivision {
   int m_blocks;     // query tiles of a query head
   int query_tiles;  // of a key head
   int key_heads;
-  int slots;        // fp32 sums exist for this many key heads at a time: key head i uses i % slots
-  TileOrder items;  // key tiles
-  TileOrder tiles;  // query tiles, in the order in which they are converted
-  int step;         // 1: a key head's items are drawn from the last key tile to the first, and each
-                    // walks its query tiles from the first to the last; -1: both the other way
+  int slots;         // fp32 sums exist for this many key heads at a time: key head i uses i % slots
+  TileSource items;  // key tiles
+  TileSource tiles;  // query tiles, in the order in which they are converted: of key heads, or if
+                     // they are listed, of query heads
+  int step;  // 1: a key head's items are drawn from the last key tile to the first, and each
+             // walks its query tiles from the first to the last; -1: both the other way
 
   /// Items of the key head of item n_block that see the same query tile, whose key tiles are
   /// `key_tiles`, and are drawn before it.
@@ -32,13 +35,13 @@ struct BackwardDivision {
 /// BackwardParams::workspace. The preprocess kernel writes or clears all of it.
 struct BackwardWorkspace {
   float* dq_sums;    // [slots, query_tiles, tile_m * head_dim of the kernel], in fragment order
-  float* lse_log2;   // [batch, heads, softmax_d_rows], softmax_lse * log2(e)
+  float* lse_log2;   // [entries, heads, softmax_d_rows], softmax_lse * log2(e)
   int* next;         // [2]: items and conversions drawn
   int* contributed;  // [key_heads, query_tiles]: key tiles whose share is in the sums
   int* converted;    // [key_heads, query_tiles]: groups of the tile written to dq
 
   static constexpr int64_t lse_bytes(BackwardParams const& problem) {
-    return int64_t(problem.shape.batch_size) * problem.shape.num_heads * problem.softmax_d_rows *
+    return int64_t(problem.sequences.entries_q) * problem.shape.num_heads * problem.softmax_d_rows *
            int64_t(sizeof(float));
   }
   static constexpr int64_t sums_bytes(Sm90BackwardConfig const& config,
@@ -57,6 +60,7 @@ struct BackwardKernelParams {
   CUtensorMap q, dout;  // boxes of tile_m rows
   CUtensorMap k, v;     // boxes of tile_n rows
   CUtensorMap dk, dv;   // boxes of 64 rows
+  RowMap rows;          // of all of them: either all are packed, which is one entry, or none
   BackwardDivision division;
   BackwardWorkspace workspace;
 };

@@ -9,8 +9,8 @@ namespace flash::sm90 {
 constexpr int kRowsPerBlock = 16;  // query rows of a thread block, eight lanes a row
 constexpr int kPreprocessThreads = 128;
 
-/// softmax_d and lse_log2 of every query row, and clears the dq sums and counters. Rows past
-/// seqlen_q get softmax_d 0 and lse_log2 +inf, so that their probabilities are 0.
+/// softmax_d and lse_log2 of every query row, and clears the dq sums and counters. Rows that belong
+/// to no sequence get softmax_d 0 and lse_log2 +inf, so that their probabilities are 0.
 template <DType kDType>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(__grid_constant__ BackwardParams const params,
@@ -18,16 +18,12 @@ __global__ void __launch_bounds__(kPreprocessThreads)
                       int64_t num_counters) {
   // The main kernel may start as soon as every block of this one has: it waits for the end itself.
   asm volatile("griddepcontrol.launch_dependents;");
-  Shape const& shape = params.shape;
-  int const rows = params.softmax_d_rows;
-  int const blocks_per_head = rows / kRowsPerBlock;
-  int const batch_head = blockIdx.x / blocks_per_head, block = blockIdx.x % blocks_per_head;
-  int const row = block * kRowsPerBlock + threadIdx.x / 8;
-  Sequence const sequence = sequence_of(params, batch_head / shape.num_heads);
+  RowBlock const block = row_block(params, blockIdx.x, kRowsPerBlock);
+  int const row = threadIdx.x / 8;
   RowStatistics const statistics =
-      row_statistics<kDType>(params, sequence, batch_head % shape.num_heads, row);
+      row_statistics<kDType>(params, block.sequence, block.head, block.row + row);
   if (threadIdx.x % 8 == 0) {
-    int64_t const idx = int64_t(batch_head) * rows + row;
+    int64_t const idx = int64_t(blockIdx.x) * kRowsPerBlock + row;
     params.softmax_d[idx] = statistics.softmax_d;
     workspace.lse_log2[idx] = statistics.lse * kLog2E;
   }

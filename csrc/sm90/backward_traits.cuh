@@ -86,9 +86,16 @@ struct BackwardTraits {
                             TileDs::kBytes >= 64 * kConfig.head_dim * 2));
 };
 
-__device__ __forceinline__ TileGrid tile_grid(BackwardParams const& problem, int tile_m,
-                                              int tile_n) {
-  return {tile_m, tile_n, problem.shape.seqlen_q, problem.shape.seqlen_k, problem.mask};
+__device__ __forceinline__ TileGrid tile_grid(BackwardParams const& problem,
+                                              Sequence const& sequence, int tile_m, int tile_n) {
+  return {tile_m, tile_n, sequence.seqlen_q, sequence.seqlen_k, problem.mask};
+}
+
+/// Where a sequence's query tiles are among those of a query head.
+template <class Traits>
+__device__ __forceinline__ int first_query_tile(BackwardParams const& problem,
+                                                Sequence const& sequence, int batch) {
+  return first_softmax_d_row(sequence, problem.sequences, batch) / Traits::kTileM;
 }
 
 /// Calls visit(head_in_group, m_block) for the query tiles of `item` in the order in which every

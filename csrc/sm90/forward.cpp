@@ -1,5 +1,5 @@
 #include "config/compiled_rows.h"
-#include "device/tile_list.h"
+#include "device/tile_source.h"
 #include "sm90/launch.h"
 #include "sm90/tensor_map.h"
 #include "sm90/tile_counter.h"
@@ -45,8 +45,8 @@ Views views_of(ForwardParams const& params, DType dtype) {
 TileOrder forward_order(Sm90ForwardConfig const& config, ForwardParams const& params,
                         Device const& device) {
   Shape const& shape = params.shape;
-  TileOrder order{ceil_div(shape.seqlen_q, config.tile_m), shape.batch_size * shape.num_heads, 1,
-                  params.mask.window_right >= 0};
+  TileOrder order{ceil_div(shape.seqlen_q, config.tile_m),
+                  params.sequences.entries_q * shape.num_heads, 1, params.mask.window_right >= 0};
   if (config.mask == MaskClass::kBounded) {
     int64_t const bytes_per_head = shape.kv_bytes_per_query_head(config.dtype);
     int const heads_of_two_tiles_an_sm = ceil_div(2 * device.num_sms, order.num_blocks);
@@ -62,20 +62,20 @@ int64_t max_listed_tiles(Sm90ForwardConfig const& config, ForwardParams const& p
   return max_tiles(params.shape.seqlen_q, params.shape.batch_size, config.tile_m);
 }
 
-/// Lists the tiles of packed queries, by a kernel that also clears rows without a sequence.
-TileList list_tiles(Sm90ForwardConfig const& config, ForwardParams const& params, Stream stream) {
-  Shape const& shape = params.shape;
-  PackedProblem const packed{.shape = shape,
-                             .sequences = params.sequences,
-                             .mask = params.mask,
-                             .padded = {{params.out, shape.num_heads, shape.head_dim_v, false}},
-                             .num_padded = 1,
-                             .softmax_lse = params.softmax_lse};
+/// Packed queries: the tiles are listed first.
+LaunchedTiles forward_tiles(Sm90ForwardConfig const& config, ForwardParams const& params,
+                            Device const& device, Stream stream) {
+  TileOrder order = forward_order(config, params, device);
+  if (params.sequences.cu_seqlens_q == nullptr) {
+    return {{order, {}}, order.num_tiles()};
+  }
   Tiling const tiling{.of_keys = false,
                       .tile_rows = config.tile_m,
                       .other_tile_rows = config.tile_n,
-                      .descending = params.mask.window_right >= 0};
-  return flash::list_tiles(packed, tiling, params.workspace, stream);
+                      .descending = order.descending};
+  order.descending = false;  // the list is in order
+  return {{order, list_tiles(packed_problem(params), {tiling, params.workspace}, stream)},
+          max_listed_tiles(config, params) * params.shape.num_heads};
 }
 
 }  // namespace
@@ -96,24 +96,20 @@ void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Devic
              Stream stream) {
   make_context_current(device.index);
   Views const views = views_of(params, config.dtype);
-  bool const packed = params.sequences.cu_seqlens_q != nullptr;
+  LaunchedTiles const tiles = forward_tiles(config, params, device, stream);
   int const dim = config.head_dim, dim_v = config.head_dim_v;
-  ForwardKernelParams const kernel_params{
-      .problem = params,
-      .q = make_tensor_map(views.q, 64, dim),
-      .k = make_tensor_map(views.k, config.tile_n, dim),
-      .v = make_tensor_map(views.v, config.tile_n, dim_v),
-      .out = make_tensor_map(views.out, 16, dim_v),
-      .q_rows = views.q.row_map(),
-      .k_rows = views.k.row_map(),
-      .v_rows = views.v.row_map(),
-      .out_rows = views.out.row_map(),
-      .order = forward_order(config, params, device),
-      .list = packed ? list_tiles(config, params, stream) : TileList{},
-      .tile_counter = tile_counter(device.index, stream)};
-  int64_t const num_tiles = packed ? max_listed_tiles(config, params) * params.shape.num_heads
-                                   : kernel_params.order.num_tiles();
-  int const num_blocks = int(num_tiles < device.num_sms ? num_tiles : device.num_sms);
+  ForwardKernelParams const kernel_params{.problem = params,
+                                          .q = make_tensor_map(views.q, 64, dim),
+                                          .k = make_tensor_map(views.k, config.tile_n, dim),
+                                          .v = make_tensor_map(views.v, config.tile_n, dim_v),
+                                          .out = make_tensor_map(views.out, 16, dim_v),
+                                          .q_rows = views.q.row_map(),
+                                          .k_rows = views.k.row_map(),
+                                          .v_rows = views.v.row_map(),
+                                          .out_rows = views.out.row_map(),
+                                          .tiles = tiles.source,
+                                          .tile_counter = tile_counter(device.index, stream)};
+  int const num_blocks = int(tiles.num_blocks < device.num_sms ? tiles.num_blocks : device.num_sms);
   launch_in_unit(config, [&]<int kHeadDim>() {
     return ForwardUnit<kHeadDim>::launch(config, kernel_params, num_blocks, stream);
   });

@@ -9,28 +9,13 @@
 
 namespace flash::sm90 {
 
-/// False if the list of tiles ends before number tile_idx.
-__device__ __forceinline__ bool is_listed(ForwardKernelParams const& params, int tile_idx) {
-  return params.list.num_tiles == nullptr ||
-         tile_idx < *params.list.num_tiles * params.problem.shape.num_heads;
-}
-
 /// Where tile number tile_idx lies.
 template <class Traits>
 __device__ __forceinline__ WorkTile work_tile(ForwardKernelParams const& params, int tile_idx) {
   int const num_heads = params.problem.shape.num_heads;
-  Tile tile;
-  if (params.list.num_tiles == nullptr) {
-    if (tile_idx >= params.order.num_tiles()) {
-      return {-1, 0, 0, 0, 0};
-    }
-    tile = params.order.tile(tile_idx);
-  } else {
-    if (!is_listed(params, tile_idx)) {
-      return {-1, 0, 0, 0, 0};
-    }
-    ListedTile const listed = params.list.tiles[tile_idx / num_heads];
-    tile = {listed.block, listed.batch * num_heads + tile_idx % num_heads};
+  Tile const tile = params.tiles.tile(tile_idx);
+  if (tile.block < 0) {
+    return {-1, 0, 0, 0, 0};
   }
   int const batch = tile.batch_head / num_heads;
   Sequence const sequence = sequence_of(params.problem, batch);

@@ -26,7 +26,8 @@ bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
                  Device const& device);
 
 /// Key heads whose keys are worked on together, a section: as the next two are to agree on it.
-int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Device const& device);
+int backward_section(Sm90BackwardConfig const& config, BackwardParams const& params,
+                     Device const& device);
 
 /// Bytes of BackwardParams::workspace: fp32 dq sums of two or, deterministic with a right bound,
 /// three sections (usually 8 MB each, of one key head where that is more, and never more than all
