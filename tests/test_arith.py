@@ -1,9 +1,11 @@
-"""Brute force of csrc/arith through flash_attn_host: masks, tile ranges, tile order, Philox."""
+"""Brute force of csrc/arith through flash_attn_host: masks, tile ranges, tile order, Philox,
+dropout, sequences."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
+import random
 from types import ModuleType
 
 import pytest
@@ -146,6 +148,96 @@ def test_philox_gives_the_published_answers(
     host: ModuleType, counter: tuple[int, ...], key: tuple[int, ...], bits: tuple[int, ...]
 ) -> None:
     assert host.philox4x32_10(*counter, *key) == bits
+
+
+@pytest.mark.parametrize("state", [(0, 0), (12345, 7), (2**40 + 3, 2**33 + 1), (-1, -1)])
+def test_dropout_takes_every_byte_of_a_call_once(host: ModuleType, state: tuple[int, int]) -> None:
+    """16 elements a call, in pairs of neighbours 8 apart; all of a block's calls differ."""
+    seed, offset = (value % 2**64 for value in state)
+    batch_head, rows, cols = 6, 40, 50
+    byte = np.full((48, 64), -1)
+    for a, b in itertools.product(range(48 // 4), range(64 // 4)):
+        words = host.philox4x32_10(a, b, batch_head, offset % 2**32, seed % 2**32, seed // 2**32)
+        first_row, first_col = a // 4 * 16 + a % 4 * 2, b // 4 * 16 + b % 4 * 2
+        for (below, right), word in zip(itertools.product((0, 8), (0, 8)), words, strict=True):
+            for place, (down, aside) in enumerate(itertools.product((0, 1), (0, 1))):
+                at = first_row + below + down, first_col + right + aside
+                assert byte[at] == -1, "an element has two bytes"
+                byte[at] = word >> 8 * place & 255
+    assert (byte >= 0).all(), "an element has no byte"
+    for last_kept_byte in (0, 127, 229, 254, 255):
+        kept = host.kept_matrix(last_kept_byte, *state, batch_head, rows, cols)
+        assert (kept == (byte[:rows, :cols] <= last_kept_byte)).all()
+
+
+def as_slices(
+    batch: int, rows: int, entries: int, cu: list[int] | None, entry: int | None
+) -> tuple[int, list[int]]:
+    """Entry and row numbers of a sequence, by slicing."""
+    if cu is None:
+        return min(max(batch if entry is None else entry, 0), entries - 1), list(range(rows))
+    begin, end = max(cu[batch], 0), max(cu[batch + 1], 0)
+    return 0, list(range(rows))[begin:end]
+
+
+def check_sequences(
+    host: ModuleType, batch: int, rows_q: int, rows_k: int, **given: object
+) -> None:
+    """sequence_of() against slices of the rows; nothing outside of the tensors, whatever is given.
+
+    The rows of softmax_d that sequences have are whole tiles, and disjoint if those of q are.
+    """
+    entries_k = 1 if given["cu_seqlens_k"] else 3 if given["batch_idx_k"] else batch
+    table = host.sequence_table(batch, rows_q, rows_k, entries_k, **given).tolist()
+    entries_q = 1 if given["cu_seqlens_q"] else batch
+    d_rows = host.packed_softmax_d_rows(batch, rows_q)
+    d_end, q_end = 0, 0
+    for idx, (entry_q, first_q, seqlen_q, entry_k, first_k, seqlen_k, first_d) in enumerate(table):
+        entry, expected = as_slices(idx, rows_q, entries_q, given["cu_seqlens_q"], None)
+        assert entry_q == entry and list(range(first_q, first_q + seqlen_q)) == expected
+        of_batch = {name: values and values[idx] for name, values in given.items()}
+        entry, expected = as_slices(
+            idx, rows_k, entries_k, given["cu_seqlens_k"], of_batch["batch_idx_k"]
+        )
+        if of_batch["seqused_k"] is not None:
+            expected = expected[: max(of_batch["seqused_k"], 0)]
+        if of_batch["leftpad_k"] is not None:
+            expected = expected[max(of_batch["leftpad_k"], 0) :]
+        assert entry_k == entry and list(range(first_k, first_k + seqlen_k)) == expected
+        assert 0 <= first_q <= first_q + seqlen_q <= rows_q and 0 <= entry_q < entries_q
+        assert 0 <= first_k <= first_k + seqlen_k <= rows_k and 0 <= entry_k < entries_k
+        if given["cu_seqlens_q"] is None:
+            assert first_d == 0
+        else:
+            assert first_d % 128 == 0 and first_d + host.round_up(seqlen_q, 128) <= d_rows
+            assert first_d >= d_end or first_q < q_end or seqlen_q == 0
+            d_end, q_end = first_d + host.round_up(seqlen_q, 128), first_q + seqlen_q
+
+
+def random_values(draw: random.Random, count: int, most: int, garbage: bool) -> list[int]:
+    if not garbage:
+        return [draw.randint(0, most) for _ in range(count)]
+    choices = (-INT_MAX - 1, -1, 0, most, INT_MAX)
+    return [draw.choice((draw.randint(-most, 2 * most), *choices)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("garbage", [False, True])
+def test_sequences_are_slices_of_the_rows(host: ModuleType, garbage: bool) -> None:
+    draw = random.Random(0)
+    for _ in range(2000):
+        batch, rows_q, rows_k = draw.randint(1, 5), draw.randint(0, 300), draw.randint(0, 300)
+        cu_q = random_values(draw, batch + 1, rows_q, garbage)
+        cu_k = random_values(draw, batch + 1, rows_k, garbage)
+        packed_k = draw.random() < 0.5
+        given = {
+            "cu_seqlens_q": cu_q if garbage else sorted(cu_q),
+            "cu_seqlens_k": (cu_k if garbage else sorted(cu_k)) if packed_k else None,
+            "seqused_k": random_values(draw, batch, rows_k, garbage),
+            "leftpad_k": random_values(draw, batch, rows_k, garbage),
+            "batch_idx_k": None if packed_k else random_values(draw, batch, 2, garbage),
+        }
+        chosen = {name: draw.choice((None, value)) for name, value in given.items()}
+        check_sequences(host, batch, rows_q, rows_k, **chosen)
 
 
 ORDERS = tuple(itertools.product((1, 2, 7), (1, 3, 8), (1, 2, 3, 8), (False, True)))

@@ -2,6 +2,7 @@
 // it and recomputes their scores once; dk and dv stay in its scratch, dq goes to a shared fp32 sum.
 //   S = Q K^T;  P = exp(scale S - lse);  dV += P^T dO;  dP = dO V^T;  dS = P * (dP - D)
 //   dK += dS^T Q;  dQ += dS K        (dK and dQ are scaled when they are stored)
+// With dropout Z times P in dV, and Z times dP; params.h has the rest of the options.
 // The tasks of one key head add to a query tile of dq in the order of their key tiles (DqTurns):
 // the sums are bit-equal for every thread count, and no second recomputing pass is needed.
 #pragma once
@@ -11,24 +12,39 @@
 #include "cpu/convert.h"
 #include "cpu/dq_turns.h"
 #include "cpu/gemm_tile.h"
+#include "cpu/score_options.h"
 
 namespace flash::cpu {
 
-/// Rows of one query tile with their softmax_lse and softmax_d.
+/// Rows of one query tile with their softmax_lse, softmax_d and sum of dq.
 struct QueryRows {
   RowRange rows;
   float const* lse;
   float* softmax_d;
+  Matrix dq;
 };
 
 template <class Isa>
-QueryRows query_rows(BackwardParams const& params, int batch, int head, int m_block) {
+QueryRows query_rows(BackwardParams const& params, DqSum const& dq_sum, Sequence const& sequence,
+                     int batch, int head, int m_block) {
   Shape const& shape = params.shape;
-  int const begin = m_block * kTileM;
-  int64_t const plane = int64_t(batch) * shape.num_heads + head;
-  return {{batch, head, begin, imin(kTileM, shape.seqlen_q - begin)},
-          params.softmax_lse + plane * shape.seqlen_q + begin,
-          params.softmax_d + plane * params.softmax_d_rows + begin};
+  RowRange const rows = query_tile_rows(sequence, head, m_block);
+  int64_t const plane = int64_t(rows.entry) * shape.num_heads + head;
+  int const first_d = first_softmax_d_row(sequence, params.sequences, batch);
+  int const first_dq = dq_sum.first_row(sequence, params.sequences, batch);
+  return {rows, params.softmax_lse + plane * shape.seqlen_q + rows.first + rows.begin,
+          params.softmax_d + plane * params.softmax_d_rows + first_d + rows.begin,
+          dq_sum.plane(plane).at(first_dq + rows.begin, 0)};
+}
+
+/// Of a tile that counts query heads.
+template <class Isa>
+QueryRows query_rows(BackwardParams const& params, DqSum const& dq_sum, Tile tile) {
+  Shape const& shape = params.shape;
+  int const batch = tile.batch_head / shape.num_heads;
+  Sequence const sequence = sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k);
+  return query_rows<Isa>(params, dq_sum, sequence, batch, tile.batch_head % shape.num_heads,
+                         tile.block);
 }
 
 /// Part of a (query tile, key tile) pair: rows and keys counted from the begin of their tiles.
@@ -39,44 +55,75 @@ struct PairStrip {
   int keys;
 };
 
-/// S to P and dP to dS, in place. A pair outside the mask gets 0 in both, whatever the inputs hold.
-/// visible is null where every pair of the tile is visible; first_key is where the key tile begins.
-template <class Isa>
+/// S to P (times Z with dropout) and dP to dS, in place. A pair outside the mask gets 0 in both,
+/// whatever the inputs hold. visible is null where every pair of the tile is visible; key_begin is
+/// where the key tile begins.
+template <class Isa, bool kPlain>
 void score_gradients(BackwardScratch const& scratch, QueryRows const& query, PairStrip const& strip,
-                     int first_key, float softmax_scale, VisibleKeys const* visible) {
+                     int key_begin, HeadOptions const& options, VisibleKeys const* visible) {
   using Float = typename Isa::Float;
   using Int = typename Isa::Int;
-  int32_t lanes[Isa::kWidth];
-  for (int lane = 0; lane < Isa::kWidth; ++lane) {
-    lanes[lane] = first_key + lane;
-  }
-  Int const first_keys = Isa::template load_as<Int>(lanes);
-  Float const scale = Isa::broadcast(softmax_scale);
+  Int const first_keys = Isa::count_from(key_begin);
+  Float const scale = Isa::broadcast(options.softmax_scale);
   for (int row = strip.row_begin; row < strip.row_begin + strip.rows; ++row) {
     float* const p_row = scratch.p.at(row, 0).data;
     float* const ds_row = scratch.ds.at(row, 0).data;
+    float const* const kept_row = scratch.kept.at(row, 0).data;
     Float const lse = Isa::broadcast(query.lse[row]);
     Float const softmax_d = Isa::broadcast(query.softmax_d[row]);
+    int const diagonal = query.rows.begin + row + options.diagonal;
     for (int col = strip.key_begin; col < strip.key_begin + strip.keys; col += Isa::kWidth) {
-      Float const exponent = Isa::fma(Isa::load(p_row + col), scale, -lse);
-      Float p = exp2<Isa>(exponent * kLog2E);
-      Float ds = p * (Isa::load(ds_row + col) - softmax_d);
+      Int const j = first_keys + col;
+      Float const products = Isa::load(p_row + col);
+      Float dp = Isa::load(ds_row + col);
+      Float p, dropped_p, ds;
+      if constexpr (kPlain) {
+        p = exp2<Isa>(Isa::fma(products, scale, -lse) * kLog2E);
+        dropped_p = p;
+        ds = p * (dp - softmax_d);
+      } else {
+        Scores<Isa> const scores = scores_of<Isa>(options, products, j - diagonal);
+        p = exp2<Isa>((scores.value - lse) * kLog2E);
+        dropped_p = p;
+        if (options.has_dropout()) {
+          Float const kept = Isa::load(kept_row + col);
+          dropped_p *= kept;
+          dp *= kept;
+        }
+        ds = p * (dp - softmax_d) * scores.derivative;
+      }
       if (visible != nullptr) {
-        Int const j = first_keys + col;
         Int const attends = (j >= visible->begin[row]) & (j < visible->end[row]);
-        p = attends ? p : Float{};
+        dropped_p = attends ? dropped_p : Float{};
         ds = attends ? ds : Float{};
       }
-      Isa::store(p_row + col, p);
+      Isa::store(p_row + col, dropped_p);
       Isa::store(ds_row + col, ds);
     }
   }
 }
 
+/// The same with whatever options the call has.
+template <class Isa>
+void apply_options(BackwardScratch const& scratch, QueryRows const& query, PairStrip const& strip,
+                   int key_begin, HeadOptions const& options, VisibleKeys const* visible) {
+  if (options.is_plain()) {
+    score_gradients<Isa, true>(scratch, query, strip, key_begin, options, visible);
+    return;
+  }
+  if (options.has_dropout()) {
+    dropout_factors<Isa>(
+        options,
+        {query.rows.begin + strip.row_begin, strip.rows, key_begin + strip.key_begin, strip.keys},
+        scratch.kept.at(strip.row_begin, strip.key_begin).data, scratch.kept.stride, 1);
+  }
+  score_gradients<Isa, false>(scratch, query, strip, key_begin, options, visible);
+}
+
 /// Q and dO of the query tile are in scratch. Leaves dS of the strip there and adds to dk and dv.
 template <class Isa>
 void key_gradients(BackwardScratch const& scratch, QueryRows const& query, PairStrip const& strip,
-                   int first_key, Shape const& shape, float softmax_scale,
+                   int key_begin, Shape const& shape, HeadOptions const& options,
                    VisibleKeys const* visible) {
   auto const [row, rows, col, keys] = strip;
   gemm<Isa, AOrder::kRowMajor, Update::kSet>({rows, keys, shape.head_dim}, scratch.q.at(row, 0),
@@ -84,7 +131,7 @@ void key_gradients(BackwardScratch const& scratch, QueryRows const& query, PairS
   gemm<Isa, AOrder::kRowMajor, Update::kSet>({rows, keys, shape.head_dim_v},
                                              scratch.dout.at(row, 0), scratch.v_t.at(0, col),
                                              scratch.ds.at(row, col));
-  score_gradients<Isa>(scratch, query, strip, first_key, softmax_scale, visible);
+  apply_options<Isa>(scratch, query, strip, key_begin, options, visible);
   gemm<Isa, AOrder::kTransposed, Update::kAdd>({keys, shape.head_dim_v, rows},
                                                scratch.p.at(row, col), scratch.dout.at(row, 0),
                                                scratch.dv.at(col, 0));
@@ -126,45 +173,54 @@ struct PairStrips {
   }
 };
 
-/// dk and dv of one key tile of one key head, summed over its query heads; adds to dq in turn.
+/// K and V of the task, transposed, and zeros in dk and dv.
 template <class Isa, class T>
-void backward_tile(BackwardParams const& params, Tile tile, float* scratch_base,
-                   DqSum const& dq_sum, DqTurns& turns) {
+void load_keys(BackwardParams const& params, RowRange const& key_rows,
+               BackwardScratch const& scratch) {
   Shape const& shape = params.shape;
-  ScratchArena arena(scratch_base);
-  BackwardScratch const scratch(arena, shape);
-
-  int const n_begin = tile.block * kTileN;
-  int const batch = tile.batch_head / shape.num_heads_k;
-  int const head_k = tile.batch_head % shape.num_heads_k;
-  RowRange const key_rows = {batch, head_k, n_begin, imin(kTileN, shape.seqlen_k - n_begin)};
   load_tile<Isa, T>(params.v, key_rows, shape.head_dim_v, scratch.k);
   transpose<Isa>(scratch.k, key_rows.count, shape.head_dim_v, scratch.v_t);
   load_tile<Isa, T>(params.k, key_rows, shape.head_dim, scratch.k);
   transpose<Isa>(scratch.k, key_rows.count, shape.head_dim, scratch.k_t);
   fill_zero<Isa>(scratch.dk, round_up(key_rows.count, kMicroRows));
   fill_zero<Isa>(scratch.dv, round_up(key_rows.count, kMicroRows));
+}
 
-  TileGrid const grid = {kTileM, kTileN, shape.seqlen_q, shape.seqlen_k, params.mask};
+/// dk and dv of one key tile of one key head, summed over its query heads; adds to dq in turn.
+template <class Isa, class T>
+void backward_tile(BackwardParams const& params, Tile tile, float* scratch_base,
+                   DqSum const& dq_sum, DqTurns& turns) {
+  Shape const& shape = params.shape;
+  ScratchArena arena(scratch_base);
+  BackwardScratch const scratch(arena, shape, params.dropout);
+
+  int const batch = tile.batch_head / shape.num_heads_k;
+  int const head_k = tile.batch_head % shape.num_heads_k;
+  Sequence const sequence = sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k);
+  RowRange const key_rows = key_tile_rows(sequence, head_k, tile.block);
+  load_keys<Isa, T>(params, key_rows, scratch);
+
+  TileGrid const grid = {kTileM, kTileN, sequence.seqlen_q, sequence.seqlen_k, params.mask};
   BlockRange const blocks = m_block_range(grid, tile.block);
   BlockRange const full = full_m_block_range(grid, tile.block);
   int const group_size = shape.query_heads_per_key_head();
   for (int group_idx = 0; group_idx < group_size; ++group_idx) {
     int const head = head_k * group_size + group_idx;
+    HeadOptions const options = head_options<Isa>(params, sequence, batch, head);
     for (int m_block = blocks.min; m_block < blocks.max; ++m_block) {
-      QueryRows const query = query_rows<Isa>(params, batch, head, m_block);
-      VisibleKeys const visible(params.mask, shape, query.rows);
+      QueryRows const query = query_rows<Isa>(params, dq_sum, sequence, batch, head, m_block);
+      VisibleKeys const visible(params.mask, sequence, query.rows);
       bool const is_full = full.min <= m_block && m_block < full.max;
       PairStrips const pair(query, key_rows, is_full ? nullptr : &visible);
       load_tile<Isa, T>(params.q, query.rows, shape.head_dim, scratch.q);
       load_tile<Isa, T>(params.dout, query.rows, shape.head_dim_v, scratch.dout);
       for (int idx = 0; idx < pair.count; ++idx) {
-        key_gradients<Isa>(scratch, query, pair.strips[idx], n_begin, shape, params.softmax_scale,
+        key_gradients<Isa>(scratch, query, pair.strips[idx], key_rows.begin, shape, options,
                            is_full ? nullptr : &visible);
       }
       turns.wait(tile, group_idx, m_block);
       for (int idx = 0; idx < pair.count; ++idx) {
-        query_gradient<Isa>(scratch, pair.strips[idx], shape.head_dim, dq_sum.rows(query.rows));
+        query_gradient<Isa>(scratch, pair.strips[idx], shape.head_dim, query.dq);
       }
       turns.pass(tile, group_idx, m_block + 1);
     }
@@ -174,16 +230,14 @@ void backward_tile(BackwardParams const& params, Tile tile, float* scratch_base,
   store_tile<Isa, T>(scratch.dv, 1.0f, params.dv, key_rows, shape.head_dim_v);
 }
 
-/// softmax_d of one query tile, zeros in its padding, and zeros in the tile's dq sum.
+/// softmax_d of one query tile, and zeros in the tile's dq sum.
 template <class Isa, class T>
 void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
                   DqSum const& dq_sum) {
   Shape const& shape = params.shape;
   float* const out_row = scratch_base;
   float* const dout_row = scratch_base + leading_dim(shape.head_dim_v);
-  int const head = tile.batch_head % shape.num_heads;
-  QueryRows const query =
-      query_rows<Isa>(params, tile.batch_head / shape.num_heads, head, tile.block);
+  QueryRows const query = query_rows<Isa>(params, dq_sum, tile);
   RowRange const& rows = query.rows;
   float const* const dlse =
       params.dlse == nullptr ? nullptr : params.dlse + (query.lse - params.softmax_lse);
@@ -197,20 +251,14 @@ void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
     }
     query.softmax_d[row] = dlse == nullptr ? sum : sum - dlse[row];
   }
-  bool const is_last = rows.begin + rows.count == shape.seqlen_q;
-  int const padding = is_last ? params.softmax_d_rows - shape.seqlen_q : 0;
-  std::memset(query.softmax_d + rows.count, 0, sizeof(float) * padding);
-  fill_zero<Isa>(dq_sum.rows(rows), round_up(rows.count, kMicroRows));
+  fill_zero<Isa>(query.dq, round_up(rows.count, kMicroRows));
 }
 
 /// The finished dq of one query tile, scaled and rounded to the input dtype.
 template <class Isa, class T>
 void store_dq(BackwardParams const& params, Tile tile, DqSum const& dq_sum) {
-  Shape const& shape = params.shape;
-  int const head = tile.batch_head % shape.num_heads;
-  RowRange const rows =
-      query_rows<Isa>(params, tile.batch_head / shape.num_heads, head, tile.block).rows;
-  store_tile<Isa, T>(dq_sum.rows(rows), params.softmax_scale, params.dq, rows, shape.head_dim);
+  QueryRows const query = query_rows<Isa>(params, dq_sum, tile);
+  store_tile<Isa, T>(query.dq, params.softmax_scale, params.dq, query.rows, params.shape.head_dim);
 }
 
 }  // namespace flash::cpu

@@ -9,8 +9,8 @@ namespace flash::cpu {
 template <class T>
 [[gnu::always_inline]]
 inline T* row_pointer(Strided const& x, RowRange const& rows, int row) {
-  return static_cast<T*>(x.ptr) + x.offset(rows.batch, rows.head) +
-         int64_t(rows.begin + row) * x.row_stride;
+  return static_cast<T*>(x.ptr) + x.offset(rows.entry, rows.head) +
+         int64_t(rows.first + rows.begin + row) * x.row_stride;
 }
 
 /// Writes zeros up to the next column panel, so that products may read whole panels.

@@ -4,23 +4,37 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "arith/tile_order.h"
 #include "cpu/tiles.h"
 
 namespace flash::cpu {
 
-/// [batch, num_heads, seqlen_q rounded up to register blocks, head_dim rounded up to panels]
+/// [entries, num_heads, rows, head_dim rounded up to panels]: every sequence has whole register
+/// blocks of rows.
 struct DqSum {
   float* data;
   int64_t plane_stride;
   int row_stride;
-  int num_heads;
+
+  DqSum(Shape const& shape, Sequences const& sequences)
+      : data(nullptr), row_stride(round_up(shape.head_dim, kPanelCols)) {
+    int const room = sequences.cu_seqlens_q == nullptr ? 0 : kMicroRows * shape.batch_size;
+    plane_stride = int64_t(round_up(shape.seqlen_q + room, kMicroRows)) * row_stride;
+  }
 
   [[gnu::always_inline]]
-  Matrix rows(RowRange const& range) const {
-    int64_t const plane = int64_t(range.batch) * num_heads + range.head;
-    return {data + plane * plane_stride + int64_t(range.begin) * row_stride, row_stride};
+  Matrix plane(int64_t idx) const {
+    return {data + idx * plane_stride, row_stride};
+  }
+
+  /// The row where a sequence begins.
+  [[gnu::always_inline]]
+  int first_row(Sequence const& sequence, Sequences const& sequences, int batch) const {
+    return sequences.cu_seqlens_q == nullptr
+               ? 0
+               : (sequence.first_q + kMicroRows * batch) / kMicroRows * kMicroRows;
   }
 };
 
@@ -30,7 +44,7 @@ struct DqSum {
 /// waits.
 class DqTurns {
  public:
-  DqTurns(int num_m_blocks, int num_n_blocks, int num_batch_heads);
+  DqTurns(Shape const& shape, Sequences const& sequences);
 
   /// Until the predecessor of the tile's task has passed m_block of query head group_idx.
   void wait(Tile tile, int group_idx, int m_block);
@@ -40,11 +54,10 @@ class DqTurns {
 
  private:
   std::atomic<int64_t>& progress(Tile tile) {
-    return progress_[int64_t(tile.batch_head) * num_n_blocks_ + tile.block];
+    return progress_[first_tiles_[tile.batch_head] + tile.block];
   }
 
-  int64_t num_m_blocks_;
-  int64_t num_n_blocks_;
+  std::vector<int64_t> first_tiles_;  // [batch * num_heads_k], of all key tiles
   std::unique_ptr<std::atomic<int64_t>[]> progress_;
 };
 

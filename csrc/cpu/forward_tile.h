@@ -8,6 +8,7 @@
 #include "arith/tile_order.h"
 #include "cpu/convert.h"
 #include "cpu/gemm_tile.h"
+#include "cpu/score_options.h"
 
 namespace flash::cpu {
 
@@ -15,6 +16,8 @@ namespace flash::cpu {
 struct ForwardStrip {
   ForwardScratch const& scratch;
   VisibleKeys const& visible;
+  HeadOptions const& options;
+  RowRange const& tile_rows;
   int row_begin;
   int rows;
 
@@ -24,6 +27,40 @@ struct ForwardStrip {
     return round_up(rows, kPanelCols);
   }
 };
+
+/// Products to scores in place, where options make more of them than a factor.
+template <class Isa>
+void score_transposed(ForwardStrip const& strip, int key_begin, int keys) {
+  Matrix const scores_t = strip.scratch.scores_t;
+  int const first_row = strip.tile_rows.begin + strip.row_begin;
+  for (int row = 0; row < strip.lanes(); row += Isa::kWidth) {
+    typename Isa::Int const diagonal =
+        Isa::count_from(first_row + row + strip.options.diagonal - key_begin);
+    for (int key = 0; key < keys; ++key) {
+      float* const score = scores_t.at(key, row).data;
+      Isa::store(score, scores_of<Isa>(strip.options, Isa::load(score), key - diagonal).value);
+    }
+  }
+}
+
+/// Probabilities times what dropout makes of ones. `skipped` keys of the tile are left out.
+template <class Isa>
+void drop_transposed(ForwardStrip const& strip, int tile_begin, int skipped, int keys) {
+  Matrix const scores_t = strip.scratch.scores_t;
+  Matrix const kept_t = strip.scratch.kept_t;
+  int const first_key = skipped / DropoutBlocks::kSize * DropoutBlocks::kSize;
+  dropout_factors<Isa>(strip.options,
+                       {strip.tile_rows.begin + strip.row_begin, strip.rows, tile_begin + first_key,
+                        skipped + keys - first_key},
+                       kept_t.at(first_key, 0).data, 1, kept_t.stride);
+  for (int key = 0; key < keys; ++key) {
+    float* const p = scores_t.at(key, 0).data;
+    float const* const kept = kept_t.at(skipped + key, 0).data;
+    for (int row = 0; row < strip.lanes(); row += Isa::kWidth) {
+      Isa::store(p + row, Isa::load(p + row) * Isa::load(kept + row));
+    }
+  }
+}
 
 /// scores_t[key][row] = -inf where the row does not attend to the key. Keys from key_begin.
 template <class Isa>
@@ -76,8 +113,7 @@ void online_softmax(ForwardStrip const& strip, int keys, float softmax_scale_log
 
 /// One key tile's part of a strip. K and V of the tile are in scratch.
 template <class Isa>
-void attend(ForwardStrip const& strip, RowRange const& key_rows, Shape const& shape,
-            float softmax_scale) {
+void attend(ForwardStrip const& strip, RowRange const& key_rows, Shape const& shape) {
   ForwardScratch const& scratch = strip.scratch;
   int32_t const* const begin = strip.visible.begin + strip.row_begin;
   int32_t const* const end = strip.visible.end + strip.row_begin;
@@ -91,68 +127,100 @@ void attend(ForwardStrip const& strip, RowRange const& key_rows, Shape const& sh
   gemm<Isa, AOrder::kRowMajor, Update::kSet>({keys, strip.rows, shape.head_dim},
                                              scratch.k.at(skipped, 0),
                                              scratch.q_t.at(0, strip.row_begin), scratch.scores_t);
+  float softmax_scale = strip.options.softmax_scale;
+  if (strip.options.changes_scores) {
+    score_transposed<Isa>(strip, key_begin, keys);
+    softmax_scale = 1.0f;
+  }
   if (begin[last] > key_begin || end[0] < key_begin + keys) {
     mask_transposed<Isa>(strip, key_begin, keys);
   }
   online_softmax<Isa>(strip, keys, softmax_scale * kLog2E);
+  if (strip.options.has_dropout()) {
+    drop_transposed<Isa>(strip, key_rows.begin, skipped, keys);
+  }
   gemm<Isa, AOrder::kTransposed, Update::kScaleAdd>(
       {strip.rows, shape.head_dim_v, keys}, scratch.scores_t, scratch.v.at(skipped, 0),
       scratch.out.at(strip.row_begin, 0), scratch.rescale + strip.row_begin);
 }
 
-/// out / row_sum and the log sum exp; a row whose sum is 0 has seen no key.
+/// What is left to do to a row: out times factor, and softmax_lse.
+struct RowResult {
+  float factor;
+  float lse;
+};
+
+/// From the scores' maximum in the log2 domain, their sum, and the sink of the head. A row whose
+/// sum is 0 has seen no key.
+template <class Isa>
+RowResult finish_row(float row_max, float row_sum, float const* sink) {
+  if (row_sum == 0.0f) {
+    return {0.0f, sink == nullptr ? kInfinity : *sink};
+  }
+  double const lse = double(row_max) * kLn2 + std::log(double(row_sum));
+  if (sink == nullptr) {
+    return {1.0f / row_sum, float(lse)};
+  }
+  double const with_sink = std::fmax(lse, *sink) + std::log1p(std::exp(-std::fabs(lse - *sink)));
+  return {float(std::exp(lse - with_sink) / row_sum), float(with_sink)};
+}
+
+/// Rows without keys are zeroed whatever lies in scratch.
 template <class Isa, class T>
 void finish_rows(ForwardParams const& params, RowRange const& rows, ForwardScratch const& scratch) {
   Shape const& shape = params.shape;
   float* const lse = params.softmax_lse +
-                     (int64_t(rows.batch) * shape.num_heads + rows.head) * shape.seqlen_q +
-                     rows.begin;
+                     (int64_t(rows.entry) * shape.num_heads + rows.head) * shape.seqlen_q +
+                     rows.first + rows.begin;
+  float const* const sink = params.sink == nullptr ? nullptr : params.sink + rows.head;
   for (int row = 0; row < rows.count; ++row) {
-    float const sum = scratch.row_sum[row];
     float* const out_row = scratch.out.data + row * scratch.out.stride;
-    bool const no_keys = sum == 0.0f;
-    if (no_keys) {
+    if (scratch.row_sum[row] == 0.0f) {
       std::memset(out_row, 0, sizeof(float) * shape.head_dim_v);
     }
-    lse[row] =
-        no_keys ? kInfinity : float(double(scratch.row_max[row]) * kLn2 + std::log(double(sum)));
-    store_row<Isa>(out_row, no_keys ? 0.0f : 1.0f / sum, shape.head_dim_v,
-                   row_pointer<T>(params.out, rows, row));
+    RowResult const result = finish_row<Isa>(scratch.row_max[row], scratch.row_sum[row], sink);
+    lse[row] = result.lse;
+    store_row<Isa>(out_row, result.factor, shape.head_dim_v, row_pointer<T>(params.out, rows, row));
   }
+}
+
+/// Q of the tile, transposed, and the state before the first key.
+template <class Isa, class T>
+void start_rows(ForwardParams const& params, RowRange const& rows, ForwardScratch const& scratch) {
+  int const padded_rows = round_up(rows.count, kPanelCols);
+  for (int row = 0; row < padded_rows; ++row) {
+    scratch.row_max[row] = -kInfinity;
+    scratch.row_sum[row] = 0.0f;
+  }
+  load_tile<Isa, T>(params.q, rows, params.shape.head_dim, scratch.out);
+  transpose<Isa>(scratch.out, rows.count, params.shape.head_dim, scratch.q_t);
+  fill_zero<Isa>(scratch.out, round_up(rows.count, kMicroRows));
 }
 
 template <class Isa, class T>
 void forward_tile(ForwardParams const& params, Tile tile, float* scratch_base) {
   Shape const& shape = params.shape;
   ScratchArena arena(scratch_base);
-  ForwardScratch const scratch(arena, shape);
+  ForwardScratch const scratch(arena, shape, params.dropout);
 
-  int const m_begin = tile.block * kTileM;
+  int const batch = tile.batch_head / shape.num_heads;
   int const head = tile.batch_head % shape.num_heads;
-  RowRange const rows = {tile.batch_head / shape.num_heads, head, m_begin,
-                         imin(kTileM, shape.seqlen_q - m_begin)};
   int const head_k = head / shape.query_heads_per_key_head();
+  Sequence const sequence = sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k);
+  RowRange const rows = query_tile_rows(sequence, head, tile.block);
+  start_rows<Isa, T>(params, rows, scratch);
 
-  int const padded_rows = round_up(rows.count, kPanelCols);
-  for (int row = 0; row < padded_rows; ++row) {
-    scratch.row_max[row] = -kInfinity;
-    scratch.row_sum[row] = 0.0f;
-  }
-  load_tile<Isa, T>(params.q, rows, shape.head_dim, scratch.out);
-  transpose<Isa>(scratch.out, rows.count, shape.head_dim, scratch.q_t);
-  fill_zero<Isa>(scratch.out, round_up(rows.count, kMicroRows));
-
-  VisibleKeys const visible(params.mask, shape, rows);
-  TileGrid const grid = {kTileM, kTileN, shape.seqlen_q, shape.seqlen_k, params.mask};
+  HeadOptions const options = head_options<Isa>(params, sequence, batch, head);
+  VisibleKeys const visible(params.mask, sequence, rows);
+  TileGrid const grid = {kTileM, kTileN, sequence.seqlen_q, sequence.seqlen_k, params.mask};
   BlockRange const blocks = n_block_range(grid, tile.block);
   for (int n_block = blocks.min; n_block < blocks.max; ++n_block) {
-    int const n_begin = n_block * kTileN;
-    RowRange const key_rows = {rows.batch, head_k, n_begin, imin(kTileN, shape.seqlen_k - n_begin)};
+    RowRange const key_rows = key_tile_rows(sequence, head_k, n_block);
     load_tile<Isa, T>(params.k, key_rows, shape.head_dim, scratch.k);
     load_tile<Isa, T>(params.v, key_rows, shape.head_dim_v, scratch.v);
     for (int row = 0; row < rows.count; row += kStrip) {
-      attend<Isa>({scratch, visible, row, imin(kStrip, rows.count - row)}, key_rows, shape,
-                  params.softmax_scale);
+      attend<Isa>({scratch, visible, options, rows, row, imin(kStrip, rows.count - row)}, key_rows,
+                  shape);
     }
   }
   finish_rows<Isa, T>(params, rows, scratch);

@@ -29,13 +29,25 @@ FLASH_HD constexpr int leading_dim(int cols) {
   return (panels | 1) * kPanelCols;
 }
 
-/// Which (batch, head) plane of a tensor, and which of its rows.
+/// Rows [begin, begin + count) of a sequence, in one (entry, head) plane of a tensor.
 struct RowRange {
-  int batch;
+  int entry;
   int head;
+  int first;  // row of the entry where the sequence begins
   int begin;
   int count;
 };
+
+constexpr RowRange query_tile_rows(Sequence const& sequence, int head, int m_block) {
+  int const begin = m_block * kTileM;
+  return {sequence.entry_q, head, sequence.first_q, begin, imin(kTileM, sequence.seqlen_q - begin)};
+}
+
+constexpr RowRange key_tile_rows(Sequence const& sequence, int head_k, int n_block) {
+  int const begin = n_block * kTileN;
+  return {sequence.entry_k, head_k, sequence.first_k, begin,
+          imin(kTileN, sequence.seqlen_k - begin)};
+}
 
 /// A row-major fp32 matrix in scratch memory.
 struct Matrix {
@@ -73,9 +85,10 @@ class ScratchArena {
 /// Keys that each query row of a tile attends to, as parallel arrays for vector loads. Both bounds
 /// grow with the row; padding rows attend to nothing.
 struct VisibleKeys {
-  VisibleKeys(Mask mask, Shape const& shape, RowRange const& rows) {
+  VisibleKeys(Mask mask, Sequence const& sequence, RowRange const& rows) {
     for (int row = 0; row < rows.count; ++row) {
-      KeyRange const keys = visible_keys(mask, rows.begin + row, shape.seqlen_q, shape.seqlen_k);
+      KeyRange const keys =
+          visible_keys(mask, rows.begin + row, sequence.seqlen_q, sequence.seqlen_k);
       begin[row] = keys.begin;
       end[row] = keys.end;
     }
@@ -89,17 +102,19 @@ struct VisibleKeys {
 /// vector lanes without horizontal reductions, and K and V enter the products as they lie in
 /// memory.
 struct ForwardScratch {
-  ForwardScratch(ScratchArena& arena, Shape const& shape)
+  ForwardScratch(ScratchArena& arena, Shape const& shape, Dropout const& dropout)
       : q_t(arena.matrix(shape.head_dim, kTileM)),
         k(arena.matrix(kTileN, shape.head_dim)),
         v(arena.matrix(kTileN, shape.head_dim_v)),
         scores_t(arena.matrix(kTileN, kStrip)),
+        kept_t(arena.matrix(dropout.rng_state == nullptr ? 0 : kTileN, kStrip)),
         out(arena.matrix(kTileM, imax(shape.head_dim, shape.head_dim_v))),
         row_max(arena.floats(kTileM)),
         row_sum(arena.floats(kTileM)),
         rescale(arena.floats(kTileM)) {}
 
   Matrix q_t, k, v, scores_t;
+  Matrix kept_t;   // what dropout makes of ones, keys x rows; only with dropout
   Matrix out;      // holds Q until that is transposed
   float* row_max;  // log2 domain
   float* row_sum;
@@ -109,7 +124,7 @@ struct ForwardScratch {
 /// Scratch of a backward task. K and V are transposed once for all the query tiles of the task, so
 /// that Q and dO enter all five products as they lie in memory.
 struct BackwardScratch {
-  BackwardScratch(ScratchArena& arena, Shape const& shape)
+  BackwardScratch(ScratchArena& arena, Shape const& shape, Dropout const& dropout)
       : k(arena.matrix(kTileN, imax(shape.head_dim, shape.head_dim_v))),
         k_t(arena.matrix(shape.head_dim, kTileN)),
         v_t(arena.matrix(shape.head_dim_v, kTileN)),
@@ -117,13 +132,15 @@ struct BackwardScratch {
         dout(arena.matrix(kTileM, shape.head_dim_v)),
         p(arena.matrix(kTileM, kTileN)),
         ds(arena.matrix(kTileM, kTileN)),
+        kept(arena.matrix(dropout.rng_state == nullptr ? 0 : kTileM, kTileN)),
         dk(arena.matrix(kTileN, shape.head_dim)),
         dv(arena.matrix(kTileN, shape.head_dim_v)) {}
 
   Matrix k;  // holds V until that is transposed
   Matrix k_t, v_t, q, dout;
-  Matrix p;   // scores, then P
-  Matrix ds;  // dP, then dS
+  Matrix p;     // scores, then P * Z
+  Matrix ds;    // dP, then dS
+  Matrix kept;  // Z; only with dropout
   Matrix dk, dv;
 };
 

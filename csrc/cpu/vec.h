@@ -48,6 +48,16 @@ struct VectorOps {
     return x - Float{};
   }
 
+  /// {first, first + 1, ...}
+  [[gnu::always_inline]]
+  static Int count_from(int first) {
+    int32_t lanes[W];
+    for (int lane = 0; lane < W; ++lane) {
+      lanes[lane] = first + lane;
+    }
+    return load_as<Int>(lanes);
+  }
+
   [[gnu::always_inline]]
   static Float load(float const* from) {
     return load_as<Float>(from);
@@ -144,6 +154,29 @@ inline typename Isa::Float exp2(typename Isa::Float x) {
   poly = Isa::fma(poly, fraction, Isa::broadcast(0x1.62e430p-1f));
   poly = Isa::fma(poly, fraction, Isa::broadcast(1.0f));
   return poly * factor;
+}
+
+/// tanh(x) to 2 ulp, NaN to NaN. A polynomial near 0, where 1 - 2 / (e^2x + 1) has lost its digits.
+template <class Isa>
+[[gnu::always_inline]]
+inline typename Isa::Float tanh(typename Isa::Float x) {
+  using Float = typename Isa::Float;
+  using Int = typename Isa::Int;
+  Float const one = Isa::broadcast(1.0f);
+  Float const magnitude = Float(Int(x) & 0x7fffffff);
+  // From 10 on it is 1 in fp32.
+  Float const power = exp2<Isa>(Isa::min(Isa::broadcast(10.0f), magnitude) * (2.0f * kLog2E));
+  Float const far = one - 2.0f / (power + one);
+  // Of tanh(x) / x in x^2, on |x| < 0.625 (Cephes, tanhf).
+  Float const square = x * x;
+  Float poly = Isa::broadcast(-5.70498872745e-3f);
+  poly = Isa::fma(poly, square, Isa::broadcast(2.06390887954e-2f));
+  poly = Isa::fma(poly, square, Isa::broadcast(-5.37397155531e-2f));
+  poly = Isa::fma(poly, square, Isa::broadcast(1.33314422036e-1f));
+  poly = Isa::fma(poly, square, Isa::broadcast(-3.33332819422e-1f));
+  Float const near = Isa::fma(poly * square, magnitude, magnitude);
+  Float const result = magnitude < 0.625f ? near : far;
+  return Float(Int(result) | (Int(x) & Int(Isa::broadcast(-0.0f))));
 }
 
 }  // namespace flash::cpu

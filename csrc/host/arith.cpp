@@ -1,10 +1,17 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <vector>
 
 #include "arith/block_range.h"
+#include "arith/dropout.h"
 #include "arith/philox.h"
+#include "arith/sequence.h"
 #include "arith/tile_order.h"
 #include "host/bindings.h"
+#include "params.h"
 
 namespace py = pybind11;
 
@@ -54,6 +61,61 @@ py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t ke
   return py::make_tuple(bits.x, bits.y, bits.z, bits.w);
 }
 
+/// (seqlen_q, seqlen_k) booleans of dropout_keeps(row, col).
+py::array_t<bool> kept_matrix(int last_kept_byte, int64_t seed, int64_t offset, int batch_head,
+                              int seqlen_q, int seqlen_k) {
+  Dropout const dropout{nullptr, last_kept_byte, 1.f};
+  py::array_t<bool> matrix({seqlen_q, seqlen_k});
+  auto view = matrix.mutable_unchecked<2>();
+  for (int row = 0; row < seqlen_q; ++row) {
+    for (int col = 0; col < seqlen_k; ++col) {
+      view(row, col) = dropout_keeps(dropout, seed, offset, batch_head, row, col);
+    }
+  }
+  return matrix;
+}
+
+using Values = std::optional<std::vector<int32_t>>;
+
+int32_t const* data_of(Values const& values) {
+  return values ? values->data() : nullptr;
+}
+
+/// A row for each sequence: entry_q, first_q, seqlen_q, entry_k, first_k, seqlen_k, and the row of
+/// softmax_d where it begins.
+py::array_t<int> sequence_table(int batch_size, int rows_q, int rows_k, int entries_k,
+                                Values const& cu_seqlens_q, Values const& cu_seqlens_k,
+                                Values const& seqused_k, Values const& leftpad_k,
+                                Values const& batch_idx_k) {
+  Sequences const sequences{data_of(cu_seqlens_q),       data_of(cu_seqlens_k),
+                            data_of(seqused_k),          data_of(leftpad_k),
+                            data_of(batch_idx_k),        cu_seqlens_q ? 1 : batch_size,
+                            cu_seqlens_k ? 1 : entries_k};
+  py::array_t<int> table({batch_size, 7});
+  auto view = table.mutable_unchecked<2>();
+  for (int batch = 0; batch < batch_size; ++batch) {
+    Sequence const one = sequence_of(sequences, batch, rows_q, rows_k);
+    int const row[] = {one.entry_q,
+                       one.first_q,
+                       one.seqlen_q,
+                       one.entry_k,
+                       one.first_k,
+                       one.seqlen_k,
+                       first_softmax_d_row(one, sequences, batch)};
+    for (int col = 0; col < 7; ++col) {
+      view(batch, col) = row[col];
+    }
+  }
+  return table;
+}
+
+/// Rows of softmax_d with packed queries.
+int packed_softmax_d_rows(int batch_size, int rows_q) {
+  int32_t const begins_at_0 = 0;
+  return softmax_d_rows({batch_size, rows_q, 0, 1, 1, 8, 8},
+                        {&begins_at_0, nullptr, nullptr, nullptr, nullptr, 1, 1});
+}
+
 }  // namespace
 
 void bind_arith(py::module_& module) {
@@ -89,6 +151,12 @@ void bind_arith(py::module_& module) {
   module.def("first_in_last_section", first_in_last_section);
   module.def("hides_any_key", hides_any_key);
   module.def("philox4x32_10", philox);
+  module.def("kept_matrix", kept_matrix);
+  module.def("sequence_table", sequence_table, py::arg("batch_size"), py::arg("rows_q"),
+             py::arg("rows_k"), py::arg("entries_k"), py::arg("cu_seqlens_q") = py::none(),
+             py::arg("cu_seqlens_k") = py::none(), py::arg("seqused_k") = py::none(),
+             py::arg("leftpad_k") = py::none(), py::arg("batch_idx_k") = py::none());
+  module.def("packed_softmax_d_rows", packed_softmax_d_rows);
   module.def("ceil_div", ceil_div);
   module.def("round_up", round_up);
 }
