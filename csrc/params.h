@@ -3,12 +3,15 @@
 // Glossary: seqlen_q, seqlen_k tokens of queries and keys; num_heads query heads; num_heads_k key
 // and value heads (num_heads % num_heads_k == 0, query head h reads key head h / (num_heads /
 // num_heads_k)); head_dim columns of queries and keys, head_dim_v columns of values and out.
-// Strides are in elements, the last dimension is contiguous.
+// Strides are in elements, the last dimension is contiguous. A tensor of rows has entries of
+// seqlen rows: one a sequence, or one for all if the sequences are packed (sequence.h).
 #pragma once
 
 #include <cstdint>
 
+#include "arith/dropout.h"
 #include "arith/mask_rule.h"
+#include "arith/sequence.h"
 
 namespace flash {
 
@@ -19,22 +22,22 @@ FLASH_HD constexpr int element_size(DType dtype) {
   return dtype == DType::kFp32 ? 4 : 2;
 }
 
-/// A (batch, seqlen, heads, columns) tensor.
+/// A (batch, seqlen, heads, columns) tensor, or (rows, heads, columns) as one entry.
 struct Strided {
   void* ptr;
   int64_t batch_stride;
   int64_t row_stride;
   int64_t head_stride;
 
-  FLASH_HD int64_t offset(int batch, int head) const {
-    return batch * batch_stride + head * head_stride;
+  FLASH_HD int64_t offset(int entry, int head) const {
+    return entry * batch_stride + head * head_stride;
   }
 };
 
 struct Shape {
-  int batch_size;
-  int seqlen_q;
-  int seqlen_k;
+  int batch_size;  // sequences
+  int seqlen_q;    // rows of an entry of q: of a sequence, or of all if q is packed
+  int seqlen_k;    // the same of k and v
   int num_heads;
   int num_heads_k;
   int head_dim;
@@ -49,37 +52,68 @@ struct Shape {
   }
 };
 
-/// out = softmax(softmax_scale * q k^T, masked) v; softmax_lse = log sum exp of the scaled scores.
-/// A row without a visible key has out = 0 and softmax_lse = +inf.
-struct ForwardParams {
-  Strided q;           // [batch, seqlen_q, num_heads, head_dim]
-  Strided k;           // [batch, seqlen_k, num_heads_k, head_dim]
-  Strided v;           // [batch, seqlen_k, num_heads_k, head_dim_v]
-  Strided out;         // [batch, seqlen_q, num_heads, head_dim_v]
-  float* softmax_lse;  // [batch, num_heads, seqlen_q], natural logarithm
-  Shape shape;
-  Mask mask;
-  float softmax_scale;  // > 0
+/// What happens to a scaled score s = softmax_scale * q k^T of row i and column j before the mask.
+struct ScoreOptions {
+  float softcap;              // 0: none, else s = softcap * tanh(s / softcap)
+  float const* alibi_slopes;  // [batch or 1, num_heads]; null: none, else after the softcap
+                              // s -= slope * |i + seqlen_k - seqlen_q - j|
+  int alibi_batch_stride;     // num_heads, or 0 if all sequences share the slopes
+
+  FLASH_HD constexpr bool is_on() const { return softcap != 0.f || alibi_slopes != nullptr; }
 };
 
-/// Rows of softmax_d and of backward scratch per (batch, head): whole query tiles of every kernel.
-FLASH_HD constexpr int softmax_d_rows(int seqlen_q) {
-  return round_up(seqlen_q, 128);
+/// out = softmax(scores) v with the scores masked and some probabilities dropped; softmax_lse = log
+/// sum exp of the scores, without dropout. A row without a visible key has out = 0 and softmax_lse
+/// = +inf. With sinks, exp(sink) counts in the sum of every row of the head. Rows of packed q that
+/// belong to no sequence are such rows without a visible key.
+struct ForwardParams {
+  Strided q;           // [entries, seqlen_q, num_heads, head_dim]
+  Strided k;           // [entries, seqlen_k, num_heads_k, head_dim]
+  Strided v;           // [entries, seqlen_k, num_heads_k, head_dim_v]
+  Strided out;         // [entries, seqlen_q, num_heads, head_dim_v]
+  float* softmax_lse;  // [entries, num_heads, seqlen_q], natural logarithm
+  Shape shape;
+  Sequences sequences;
+  Mask mask;
+  float softmax_scale;  // > 0
+  ScoreOptions scores;
+  Dropout dropout;
+  float const* sink;  // [num_heads]; null: none
+};
+
+/// Rows of softmax_d and of backward scratch per (entry, head): whole query tiles of every kernel.
+/// Sequences that are packed get whole tiles each.
+FLASH_HD constexpr int softmax_d_rows(Shape const& shape, Sequences const& sequences) {
+  return round_up(shape.seqlen_q + (sequences.cu_seqlens_q == nullptr ? 0 : 128 * shape.batch_size),
+                  128);
 }
 
-/// Gradients by recomputation from softmax_lse. With P the probabilities and dP = dout v^T:
-///   dv = P^T dout;  dS = P * (dP - softmax_d);  dq = softmax_scale dS k;  dk = softmax_scale dS^T
-///   q, softmax_d = rowsum(dout * out) - dlse.
+/// The row of softmax_d where a sequence begins.
+FLASH_HD constexpr int first_softmax_d_row(Sequence const& sequence, Sequences const& sequences,
+                                           int batch) {
+  return sequences.cu_seqlens_q == nullptr ? 0 : (sequence.first_q + 128 * batch) / 128 * 128;
+}
+
+/// Gradients by recomputation from softmax_lse. With P the probabilities, Z what dropout makes of
+/// ones (0 or its scale), dP = Z * (dout v^T) and dS the gradient of the scaled scores:
+///   dv = (P * Z)^T dout;  dS = P * (dP - softmax_d) * (softcap's derivative 1 - tanh^2);
+///   dq = softmax_scale dS k;  dk = softmax_scale dS^T q;  softmax_d = rowsum(dout * out) - dlse.
+/// Of the sequences only cu_seqlens_q and cu_seqlens_k are used. Rows of packed tensors that belong
+/// to no sequence get zeros.
 struct BackwardParams {
   Strided q, k, v, out, dout;  // as in ForwardParams; dout like out
   Strided dq, dk, dv;          // like q, k, v; every element is written
-  float const* softmax_lse;    // [batch, num_heads, seqlen_q], from the forward
-  float const* dlse;           // [batch, num_heads, seqlen_q], gradient of softmax_lse; may be null
-  float* softmax_d;            // [batch, num_heads, softmax_d_rows(seqlen_q)], written
+  float const* softmax_lse;    // [entries, num_heads, seqlen_q], from the forward
+  float const* dlse;           // like softmax_lse, its gradient; may be null
+  float* softmax_d;            // [entries, num_heads, softmax_d_rows], written
+  int softmax_d_rows;          // softmax_d_rows(shape, sequences)
   Shape shape;
+  Sequences sequences;
   Mask mask;
   float softmax_scale;  // > 0
-  bool deterministic;   // dq bit-equal from run to run (dk and dv always are)
+  ScoreOptions scores;
+  Dropout dropout;
+  bool deterministic;  // dq bit-equal from run to run (dk and dv always are)
   void* workspace;  // scratch of the backend's workspace size, 256-byte aligned; may be null if 0
 };
 

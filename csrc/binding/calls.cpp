@@ -4,8 +4,6 @@
 
 #include <utility>
 
-#include "binding/check.h"
-
 namespace flash::binding {
 namespace {
 
@@ -30,11 +28,14 @@ bool has_contiguous_rows(Tensor const& tensor) {
 Tensor new_like(Tensor const& tensor, int64_t last_size) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
-  return new_tensor(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), last_size}, dtype);
+  return tensor.dim() == 3
+             ? new_tensor(tensor, {tensor.size(0), tensor.size(1), last_size}, dtype)
+             : new_tensor(tensor, {tensor.size(0), tensor.size(1), tensor.size(2), last_size},
+                          dtype);
 }
 
 Tensor new_like(Tensor const& tensor) {
-  return new_like(tensor, tensor.size(3));
+  return new_like(tensor, tensor.size(tensor.dim() - 1));
 }
 
 Tensor readable(Tensor const& tensor, int alignment) {
@@ -60,23 +61,33 @@ void copy_back(Tensor& given, Tensor const& computed) {
   }
 }
 
+/// Packed rows are one entry.
 Strided strided(Tensor const& tensor) {
+  int64_t const heads = tensor.dim() - 2;
   return {.ptr = tensor.data_ptr(),
-          .batch_stride = tensor.stride(0),
-          .row_stride = tensor.stride(1),
-          .head_stride = tensor.stride(2)};
+          .batch_stride = heads == 2 ? tensor.stride(0) : 0,
+          .row_stride = tensor.stride(heads - 1),
+          .head_stride = tensor.stride(heads)};
+}
+
+/// fp32, one value a row and head of q, which is packed or not; `rows` a head.
+Tensor new_row_statistic(Tensor const& q, Problem const& problem, int64_t rows) {
+  int32_t const dtype = aoti_torch_dtype_float32();
+  return q.dim() == 3 ? new_tensor(q, {problem.shape.num_heads, rows}, dtype)
+                      : new_tensor(q, {q.size(0), problem.shape.num_heads, rows}, dtype);
 }
 
 Mask mask_of(Options const& options) {
   return {window_bound(options.window_left), window_bound(options.window_right)};
 }
 
-Shape checked_inputs(Tensor const& q, Tensor const& k, Tensor const& v) {
-  Shape const shape = checked_shape(q, k, v);
+Problem checked_inputs(Tensor const& q, Tensor const& k, Tensor const& v,
+                       SequenceTensors const& sequences) {
+  Problem const problem = checked_problem(q, k, v, sequences);
   check_rows_contiguous("q", q);
   check_rows_contiguous("k", k);
   check_rows_contiguous("v", v);
-  return shape;
+  return problem;
 }
 
 /// Everything but the sizes of q, k and v.
@@ -138,49 +149,57 @@ Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int3
 ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in,
                          Options const& options, int alignment)
     : dtype(checked_dtype(q_in)),
-      shape(checked_inputs(q_in, k_in, v_in)),
+      problem(checked_inputs(q_in, k_in, v_in, options.sequences)),
       q(readable(q_in, alignment)),
       k(readable(k_in, alignment)),
       v(readable(v_in, alignment)),
-      out(new_like(q, shape.head_dim_v)),
-      softmax_lse(new_tensor(q, {shape.batch_size, shape.num_heads, shape.seqlen_q},
-                             aoti_torch_dtype_float32())),
+      out(new_like(q, problem.shape.head_dim_v)),
+      softmax_lse(new_row_statistic(q, problem, problem.shape.seqlen_q)),
       params{.q = strided(q),
              .k = strided(k),
              .v = strided(v),
              .out = strided(out),
              .softmax_lse = static_cast<float*>(softmax_lse.data_ptr()),
-             .shape = shape,
+             .shape = problem.shape,
+             .sequences = problem.sequences,
              .mask = mask_of(options),
-             .softmax_scale = checked_scale(options.softmax_scale)} {}
+             .softmax_scale = checked_scale(options.softmax_scale),
+             .scores = checked_scores(options.softcap, options.alibi_slopes, q, problem.shape),
+             .dropout = checked_dropout(options.dropout_p, options.rng_state, q),
+             .sink = checked_sink(options.sink, q, problem.shape)} {}
 
 BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool deterministic,
                            int alignment)
     : dtype(checked_dtype(tensors.q)),
-      shape(checked_shape(tensors.q, tensors.k, tensors.v)),
+      problem(checked_problem(tensors.q, tensors.k, tensors.v, options.sequences)),
       given(std::move(tensors)),
       aligned(checked_and_aligned(given, alignment)),
-      softmax_d(new_tensor(given.q,
-                           {shape.batch_size, shape.num_heads, softmax_d_rows(shape.seqlen_q)},
-                           aoti_torch_dtype_float32())),
-      params{.q = strided(aligned.q),
-             .k = strided(aligned.k),
-             .v = strided(aligned.v),
-             .out = strided(aligned.out),
-             .dout = strided(aligned.dout),
-             .dq = strided(aligned.dq),
-             .dk = strided(aligned.dk),
-             .dv = strided(aligned.dv),
-             .softmax_lse = static_cast<float const*>(aligned.softmax_lse.data_ptr()),
-             .dlse = aligned.dlse ? static_cast<float const*>(aligned.dlse->data_ptr()) : nullptr,
-             .softmax_d = static_cast<float*>(softmax_d.data_ptr()),
-             .shape = shape,
-             .mask = mask_of(options),
-             .softmax_scale = checked_scale(options.softmax_scale),
-             .deterministic = deterministic,
-             .workspace = nullptr} {}
+      softmax_d(
+          new_row_statistic(given.q, problem, softmax_d_rows(problem.shape, problem.sequences))),
+      params{
+          .q = strided(aligned.q),
+          .k = strided(aligned.k),
+          .v = strided(aligned.v),
+          .out = strided(aligned.out),
+          .dout = strided(aligned.dout),
+          .dq = strided(aligned.dq),
+          .dk = strided(aligned.dk),
+          .dv = strided(aligned.dv),
+          .softmax_lse = static_cast<float const*>(aligned.softmax_lse.data_ptr()),
+          .dlse = aligned.dlse ? static_cast<float const*>(aligned.dlse->data_ptr()) : nullptr,
+          .softmax_d = static_cast<float*>(softmax_d.data_ptr()),
+          .softmax_d_rows = softmax_d_rows(problem.shape, problem.sequences),
+          .shape = problem.shape,
+          .sequences = problem.sequences,
+          .mask = mask_of(options),
+          .softmax_scale = checked_scale(options.softmax_scale),
+          .scores = checked_scores(options.softcap, options.alibi_slopes, given.q, problem.shape),
+          .dropout = checked_dropout(options.dropout_p, options.rng_state, given.q),
+          .deterministic = deterministic,
+          .workspace = nullptr} {}
 
 bool BackwardCall::is_empty() const {
+  Shape const& shape = problem.shape;
   return shape.batch_size == 0 || shape.seqlen_q == 0 || shape.seqlen_k == 0;
 }
 

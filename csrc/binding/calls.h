@@ -1,22 +1,25 @@
 // Tensors -> params: one checked call with its outputs, the same for every backend.
 #pragma once
 
-#include <torch/csrc/stable/tensor.h>
-
 #include <initializer_list>
-#include <optional>
 
-#include "params.h"
+#include "binding/check.h"
 
 namespace flash::binding {
 
-using torch::stable::Tensor;
-
-/// The numbers of a call, as the op schemas have them.
+/// What an op is given besides its tensors of rows. Null: not given.
 struct Options {
+  using Given = std::optional<Tensor> const&;
+
   double softmax_scale;
   int64_t window_left;
   int64_t window_right;
+  double softcap;
+  Given alibi_slopes;
+  double dropout_p;
+  Given rng_state;
+  Given sink;  // of the forward
+  SequenceTensors sequences;
 };
 
 /// A new contiguous tensor on the device of `like`; `dtype` is one of aoti_torch_dtype_*().
@@ -30,10 +33,10 @@ struct ForwardCall {
               int alignment);
 
   /// True if the outputs have no elements.
-  bool is_empty() const { return shape.batch_size == 0 || shape.seqlen_q == 0; }
+  bool is_empty() const { return problem.sequences.entries_q == 0 || problem.shape.seqlen_q == 0; }
 
   DType dtype;
-  Shape shape;
+  Problem problem;
   Tensor q, k, v;
   Tensor out, softmax_lse;
   ForwardParams params;
@@ -50,7 +53,7 @@ struct BackwardTensors {
 struct BackwardCall {
   BackwardCall(BackwardTensors tensors, Options const& options, bool deterministic, int alignment);
 
-  /// True if there are no queries or no keys; zero_gradients() is then all there is to do.
+  /// True if there are no queries, keys or sequences; zero_gradients() is then all there is to do.
   bool is_empty() const;
   void zero_gradients();
 
@@ -58,7 +61,7 @@ struct BackwardCall {
   void finish();
 
   DType dtype;
-  Shape shape;
+  Problem problem;
   BackwardTensors given;    // what the caller passed
   BackwardTensors aligned;  // what the kernels read and write
   Tensor softmax_d;

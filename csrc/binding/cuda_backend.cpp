@@ -16,14 +16,22 @@ namespace {
 
 constexpr int kAlignment = 16;  // bytes of one cp.async
 
-std::tuple<Tensor, Tensor> forward_cuda(Tensor const& q, Tensor const& k, Tensor const& v,
-                                        double softmax_scale, int64_t window_left,
-                                        int64_t window_right) {
+std::tuple<Tensor, Tensor> forward_cuda(
+    Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
+    double dropout_p, std::optional<Tensor> const& rng_state, std::optional<Tensor> const& sink,
+    std::optional<Tensor> const& cu_seqlens_q, std::optional<Tensor> const& cu_seqlens_k,
+    std::optional<Tensor> const& seqused_k, std::optional<Tensor> const& leftpad_k,
+    std::optional<Tensor> const& batch_idx_k) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
-  ForwardCall const call(q, k, v, {softmax_scale, window_left, window_right}, kAlignment);
+  Options const options{
+      softmax_scale, window_left,  window_right,
+      softcap,       alibi_slopes, dropout_p,
+      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
+  ForwardCall const call(q, k, v, options, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
-  ForwardConfig const& config = device.forward_config(call.dtype, call.shape);
+  ForwardConfig const& config = device.forward_config(call.dtype, call.params);
   if (call.is_empty()) {
     return {call.out, call.softmax_lse};
   }
@@ -40,13 +48,22 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
                      Tensor const& out, Tensor const& softmax_lse,
                      std::optional<Tensor> const& dlse, Tensor const& dq, Tensor const& dk,
                      Tensor const& dv, double softmax_scale, int64_t window_left,
-                     int64_t window_right, bool deterministic) {
+                     int64_t window_right, bool deterministic, double softcap,
+                     std::optional<Tensor> const& alibi_slopes, double dropout_p,
+                     std::optional<Tensor> const& rng_state,
+                     std::optional<Tensor> const& cu_seqlens_q,
+                     std::optional<Tensor> const& cu_seqlens_k) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
-  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv},
-                    {softmax_scale, window_left, window_right}, deterministic, kAlignment);
+  std::optional<Tensor> const none;
+  Options const options{
+      softmax_scale, window_left,  window_right,
+      softcap,       alibi_slopes, dropout_p,
+      rng_state,     none,         {cu_seqlens_q, cu_seqlens_k, none, none, none}};
+  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv}, options, deterministic,
+                    kAlignment);
   CudaDevice const& device = cuda_device(device_index);
-  BackwardConfig const& config = device.backward_config(call.dtype, call.shape);
+  BackwardConfig const& config = device.backward_config(call.dtype, call.params);
   if (call.is_empty()) {
     call.zero_gradients();
     return call.softmax_d;
@@ -57,12 +74,12 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
     launch(current_stream(device_index));
   };
   if (auto const* const row = device.sm90_backward_config(call.dtype, call.params)) {
-    int const section = sm90::backward_section(*row, call.shape, device.properties());
-    run(sm90::backward_workspace_bytes(*row, call.shape, section), [&](Stream stream) {
+    int const section = sm90::backward_section(*row, call.params.shape, device.properties());
+    run(sm90::backward_workspace_bytes(*row, call.params, section), [&](Stream stream) {
       sm90::backward(*row, call.params, section, device.properties(), stream);
     });
   } else {
-    run(sm80::backward_workspace_bytes(config, call.shape),
+    run(sm80::backward_workspace_bytes(config, call.params.shape),
         [&](Stream stream) { sm80::backward(config, call.params, device.properties(), stream); });
   }
   call.finish();

@@ -21,11 +21,6 @@ struct QueryRows {
   float* softmax_d;
 };
 
-[[gnu::always_inline]]
-inline int softmax_d_stride(Shape const& shape) {
-  return (shape.seqlen_q + 127) / 128 * 128;
-}
-
 template <class Isa>
 QueryRows query_rows(BackwardParams const& params, int batch, int head, int m_block) {
   Shape const& shape = params.shape;
@@ -33,7 +28,7 @@ QueryRows query_rows(BackwardParams const& params, int batch, int head, int m_bl
   int64_t const plane = int64_t(batch) * shape.num_heads + head;
   return {{batch, head, begin, imin(kTileM, shape.seqlen_q - begin)},
           params.softmax_lse + plane * shape.seqlen_q + begin,
-          params.softmax_d + plane * softmax_d_stride(shape) + begin};
+          params.softmax_d + plane * params.softmax_d_rows + begin};
 }
 
 /// Part of a (query tile, key tile) pair: rows and keys counted from the begin of their tiles.
@@ -203,7 +198,7 @@ void prepare_rows(BackwardParams const& params, Tile tile, float* scratch_base,
     query.softmax_d[row] = dlse == nullptr ? sum : sum - dlse[row];
   }
   bool const is_last = rows.begin + rows.count == shape.seqlen_q;
-  int const padding = is_last ? softmax_d_stride(shape) - shape.seqlen_q : 0;
+  int const padding = is_last ? params.softmax_d_rows - shape.seqlen_q : 0;
   std::memset(query.softmax_d + rows.count, 0, sizeof(float) * padding);
   fill_zero<Isa>(dq_sum.rows(rows), round_up(rows.count, kMicroRows));
 }

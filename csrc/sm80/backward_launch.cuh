@@ -36,8 +36,8 @@ void launch_backward(BackwardParams const& params, Device const& device, Stream 
   TileOrder const order = backward_order(kConfig, params, device);
 
   flash::launch<preprocess_kernel<kConfig.dtype>>(
-      int64_t(batch_heads) * (softmax_d_rows(shape.seqlen_q) / kRowsPerBlock), kSideThreads, 0,
-      stream, params, workspace, int(num_counters(kConfig, shape)));
+      int64_t(batch_heads) * (params.softmax_d_rows / kRowsPerBlock), kSideThreads, 0, stream,
+      params, workspace, int(num_counters(kConfig, shape)));
   flash::launch<backward_kernel<BackwardTraits<kConfig>>>(
       int64_t(order.num_blocks) * order.num_batch_heads, kConfig.num_threads(),
       kConfig.smem_bytes(), stream, params, order, workspace);

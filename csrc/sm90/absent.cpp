@@ -30,7 +30,7 @@ int backward_section(Sm90BackwardConfig const&, Shape const&, Device const&) {
   raise_absent();
 }
 
-std::size_t backward_workspace_bytes(Sm90BackwardConfig const&, Shape const&, int) {
+std::size_t backward_workspace_bytes(Sm90BackwardConfig const&, BackwardParams const&, int) {
   raise_absent();
 }
 

@@ -77,11 +77,11 @@ int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Devic
   return imin(section_limit.load(std::memory_order_relaxed), imax(fit, one_item_an_sm));
 }
 
-std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, Shape const& shape,
+std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, BackwardParams const& params,
                                      int section) {
-  BackwardDivision const division = divide(config, shape, section);
+  BackwardDivision const division = divide(config, params.shape, section);
   return std::size_t(BackwardWorkspace::sums_bytes(config, division) +
-                     BackwardWorkspace::lse_bytes(shape) +
+                     BackwardWorkspace::lse_bytes(params) +
                      BackwardWorkspace::num_counters(division) * int64_t(sizeof(int)));
 }
 
@@ -92,7 +92,7 @@ void backward(Sm90BackwardConfig const& config, BackwardParams const& params, in
   BackwardDivision const division = divide(config, params.shape, section);
   char* const lse =
       static_cast<char*>(params.workspace) + BackwardWorkspace::sums_bytes(config, division);
-  int* const counters = reinterpret_cast<int*>(lse + BackwardWorkspace::lse_bytes(params.shape));
+  int* const counters = reinterpret_cast<int*>(lse + BackwardWorkspace::lse_bytes(params));
   int const dim = config.head_dim, dim_v = config.head_dim_v;
   BackwardKernelParams const kernel_params{
       .problem = params,

@@ -12,8 +12,8 @@ namespace flash::sm90 {
 template <Sm90BackwardConfig kConfig>
 void launch_backward(BackwardKernelParams const& params, int num_blocks, void* stream) {
   Shape const& shape = params.problem.shape;
-  int64_t const row_blocks = int64_t(shape.batch_size) * shape.num_heads *
-                             (softmax_d_rows(shape.seqlen_q) / kRowsPerBlock);
+  int64_t const row_blocks =
+      int64_t(shape.batch_size) * shape.num_heads * (params.problem.softmax_d_rows / kRowsPerBlock);
   int64_t const num_sums = BackwardWorkspace::sums_bytes(kConfig, params.division) / 4;
   flash::launch<preprocess_kernel<kConfig.dtype>>(row_blocks, kPreprocessThreads, 0, stream,
                                                   params.problem, params.workspace, num_sums,

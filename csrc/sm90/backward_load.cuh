@@ -66,8 +66,7 @@ struct BackwardLoader {
   __device__ __forceinline__ void load_statistics(float const* of_rows, float* target, int head,
                                                   int batch, int row, uint32_t barrier) {
     Shape const& shape = params.problem.shape;
-    int64_t const first =
-        (int64_t(batch) * shape.num_heads + head) * softmax_d_rows(shape.seqlen_q);
+    int64_t const first = (int64_t(batch) * shape.num_heads + head) * params.problem.softmax_d_rows;
     bulk_load(smem_address(target), of_rows + first + row, Traits::kTileM * 4, barrier);
   }
   __device__ __forceinline__ void load_q(int head, int batch, int m_block) {

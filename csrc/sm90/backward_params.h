@@ -24,13 +24,13 @@ struct BackwardDivision {
 /// BackwardParams::workspace. The preprocess kernel writes or clears all of it.
 struct BackwardWorkspace {
   float* dq_sums;    // [slots, query_tiles, tile_m * head_dim of the kernel], in fragment order
-  float* lse_log2;   // [batch, heads, softmax_d_rows(seqlen_q)], softmax_lse * log2(e)
+  float* lse_log2;   // [batch, heads, softmax_d_rows], softmax_lse * log2(e)
   int* next;         // [2]: items and conversions drawn
   int* contributed;  // [key_heads, query_tiles]: key tiles whose share is in the sums
   int* converted;    // [key_heads, query_tiles]: groups of the tile written to dq
 
-  static constexpr int64_t lse_bytes(Shape const& shape) {
-    return int64_t(shape.batch_size) * shape.num_heads * softmax_d_rows(shape.seqlen_q) *
+  static constexpr int64_t lse_bytes(BackwardParams const& problem) {
+    return int64_t(problem.shape.batch_size) * problem.shape.num_heads * problem.softmax_d_rows *
            int64_t(sizeof(float));
   }
   static constexpr int64_t sums_bytes(Sm90BackwardConfig const& config,

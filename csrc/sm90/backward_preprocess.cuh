@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   // The main kernel may start as soon as every block of this one has: it waits for the end itself.
   asm volatile("griddepcontrol.launch_dependents;");
   Shape const& shape = params.shape;
-  int const rows = softmax_d_rows(shape.seqlen_q);
+  int const rows = params.softmax_d_rows;
   int const blocks_per_head = rows / kRowsPerBlock;
   int const batch_head = blockIdx.x / blocks_per_head, block = blockIdx.x % blocks_per_head;
   int const row = block * kRowsPerBlock + threadIdx.x / 8;

@@ -28,7 +28,7 @@ int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Devic
 /// Bytes of BackwardParams::workspace: fp32 dq sums of two sections (usually 8 MB each, of one key
 /// head where that is more, and never more than all of dq), a float per query row and two counters
 /// per query tile.
-std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, Shape const& shape,
+std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, BackwardParams const& params,
                                      int section);
 
 /// Gradients in two launches: softmax_d (and a cleared workspace), and the main kernel.
