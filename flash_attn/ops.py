@@ -119,14 +119,16 @@ def raise_no_cuda_backend() -> NoReturn:
 
 
 def softmax_d_shape(q: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, ...]:
-    """(batch, heads, rows) with rows of whole blocks of 128; packed (heads, total_q + 128 * batch).
+    """(batch, heads, seqlen_q), or (heads, total_q + 128 * batch) of packed queries, with the rows
+    rounded up to a multiple of 128.
 
     Row i of packed sequence b is at (cu_seqlens_q[b] + 128 * b) // 128 * 128 + i.
     """
     if cu_seqlens_q is None:
         batch_size, seqlen_q, heads, _ = q.shape
         return batch_size, heads, -(-seqlen_q // ROW_PADDING) * ROW_PADDING
-    return q.size(1), q.size(0) + ROW_PADDING * (cu_seqlens_q.numel() - 1)
+    rows = q.size(0) + ROW_PADDING * (cu_seqlens_q.numel() - 1)
+    return q.size(1), -(-rows // ROW_PADDING) * ROW_PADDING
 
 
 def _forward_fake(
