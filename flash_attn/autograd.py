@@ -253,6 +253,21 @@ def attention(
     return out[..., :head_dim_v] if padded is not None else out, softmax_lse
 
 
+def forward_only(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    extras: Extras,
+) -> tuple[Tensor, Tensor]:
+    """out and softmax_lse of q, k and v, without gradients, by every option of the forward op."""
+    folded, softmax_scale = fold_scale(tensors, softmax_scale)
+    padded = padded_on_cuda(folded) if folded[0].is_cuda else None
+    q, k, v = folded if padded is None else padded
+    out, softmax_lse = ops.forward(q, k, v, softmax_scale, window_left, window_right, **extras)
+    return out if padded is None else out[..., : tensors[2].size(-1)], softmax_lse
+
+
 def _sink_requires_grad(extras: Extras) -> bool:
     return "sink" in extras and bool(extras["sink"].requires_grad)
 

@@ -11,6 +11,7 @@ from flash_attn import problem
 from flash_attn.attend import Result, attend
 from flash_attn.autograd import autocast_inputs
 from flash_attn.extras import make_extras
+from flash_attn.kvcache import flash_attn_with_kvcache
 from flash_attn.varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
@@ -24,6 +25,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 
