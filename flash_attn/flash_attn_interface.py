@@ -5,28 +5,84 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import SupportsIndex
 
+import torch
 from torch import Tensor
 
+from flash_attn import positional as flash_attn_gpu
 from flash_attn import problem
 from flash_attn.attend import Result, attend
 from flash_attn.autograd import autocast_inputs
 from flash_attn.extras import make_extras
+from flash_attn.function_classes import (
+    FlashAttnVarlenFunc,
+    FlashAttnVarlenKVPackedFunc,
+    FlashAttnVarlenQKVPackedFunc,
+    by_position,
+)
 from flash_attn.kvcache import flash_attn_with_kvcache
+from flash_attn.private_ops import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+    _wrapped_flash_attn_backward,
+    _wrapped_flash_attn_forward,
+    _wrapped_flash_attn_varlen_backward,
+    _wrapped_flash_attn_varlen_forward,
+)
+from flash_attn.probabilities import round_multiple
 from flash_attn.varlen import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
 
+# With the names that other packages import from this module.
 __all__ = [
+    "USE_TRITON_ROCM",
+    "FlashAttnFunc",
+    "FlashAttnKVPackedFunc",
+    "FlashAttnQKVPackedFunc",
+    "FlashAttnVarlenFunc",
+    "FlashAttnVarlenKVPackedFunc",
+    "FlashAttnVarlenQKVPackedFunc",
+    "_flash_attn_backward",
+    "_flash_attn_forward",
+    "_flash_attn_varlen_backward",
+    "_flash_attn_varlen_forward",
+    "_get_block_size_n",
+    "_wrapped_flash_attn_backward",
+    "_wrapped_flash_attn_forward",
+    "_wrapped_flash_attn_varlen_backward",
+    "_wrapped_flash_attn_varlen_forward",
     "flash_attn_func",
+    "flash_attn_gpu",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "maybe_contiguous",
+    "round_multiple",
 ]
+
+USE_TRITON_ROCM = False
+
+
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """x, or a copy if its last dimension isn't contiguous."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+
+
+def _get_block_size_n(
+    device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool
+) -> int:
+    """Keys over which the probabilities of S_dmask have one largest score: more than any row has.
+
+    For tests that turn S_dmask into probabilities block by block.
+    """
+    return 1 << 30
 
 
 def flash_attn_func(
@@ -175,3 +231,15 @@ def flash_attn_qkvpacked_func(
     options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
     tensors = autocast_inputs((qkv,))
     return attend(problem.check_qkvpacked, tensors, *options, return_softmax_lse, extras)
+
+
+class FlashAttnFunc:
+    apply = staticmethod(by_position(flash_attn_func, 3))
+
+
+class FlashAttnKVPackedFunc:
+    apply = staticmethod(by_position(flash_attn_kvpacked_func, 2))
+
+
+class FlashAttnQKVPackedFunc:
+    apply = staticmethod(by_position(flash_attn_qkvpacked_func, 1))
