@@ -125,6 +125,17 @@ _backward_once = once_differentiable(_backward)
 _apply: Any = super(torch.autograd.Function, Attention).apply
 
 
+def _apply_traced(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Attention.apply for torch.compile, which does not trace one tensor as several arguments."""
+    distinct: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor) and any([argument is other for other in distinct]):
+            argument = argument.view_as(argument)
+        distinct.append(argument)
+    results: tuple[Tensor, Tensor] = Attention.apply(*distinct)  # type: ignore[no-untyped-call]
+    return results
+
+
 def packed_softmax_d(softmax_d: Tensor, cu_seqlens_q: Tensor, total_q: int) -> Tensor:
     """softmax_d of packed queries by rows of q, (heads, total_q); 0 outside of the sequences."""
     padding = ops.ROW_PADDING
@@ -226,7 +237,7 @@ def attention(
     `extras` are keyword arguments of the ops: what extras.py makes, and of packed tensors their
     cu_seqlens.
     """
-    apply: Any = Attention.apply
+    apply: Any = _apply_traced
     forward = ops.forward
     if not torch.compiler.is_compiling():
         _reject_transforms(tensors)
