@@ -79,6 +79,11 @@ struct ForwardParams {
   ScoreOptions scores;
   Dropout dropout;
   float const* sink;  // [num_heads]; null: none
+  void* workspace;    // scratch of the backend's workspace size, 256-byte aligned; may be null if 0
+
+  FLASH_HD constexpr bool has_extras() const {
+    return scores.is_on() || dropout.rng_state != nullptr;
+  }
 };
 
 /// Rows of softmax_d and of backward scratch per (entry, head): whole query tiles of every kernel.
@@ -114,7 +119,11 @@ struct BackwardParams {
   ScoreOptions scores;
   Dropout dropout;
   bool deterministic;  // dq bit-equal from run to run (dk and dv always are)
-  void* workspace;  // scratch of the backend's workspace size, 256-byte aligned; may be null if 0
+  void* workspace;     // as in ForwardParams
+
+  FLASH_HD constexpr bool has_extras() const {
+    return scores.is_on() || dropout.rng_state != nullptr;
+  }
 };
 
 }  // namespace flash

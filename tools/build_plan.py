@@ -176,8 +176,10 @@ def is_sm90(source: Path) -> bool:
 
 def kernel_sources(archs: Sequence[int]) -> list[str]:
     """Sources of the CUDA kernel families for these architectures, relative to the root."""
+    if not archs:
+        return []
     csrc = ROOT / "csrc"
-    patterns = ("sm80/*.cpp", "sm90/*.cpp", "sm90/*.cu", "units/*.cu") if archs else ()
+    patterns = ("device/*.cu", "sm80/*.cpp", "sm90/*.cpp", "sm90/*.cu", "units/*.cu")
     found = [path for pattern in patterns for path in csrc.glob(pattern)]
     absent = csrc / "sm90" / "absent.cpp"
     if 90 in archs:

@@ -14,6 +14,12 @@ struct Sequences {
   int32_t const* leftpad_k;     // [batch]: how many keys to leave out at its begin
   int32_t const* batch_idx_k;   // [batch]: the entry of k and v that holds the keys of sequence b
   int entries_q, entries_k;     // sizes of the batch dimensions: 1 where packed
+
+  /// True if every sequence is a whole entry.
+  FLASH_HD constexpr bool are_entries() const {
+    return cu_seqlens_q == nullptr && cu_seqlens_k == nullptr && seqused_k == nullptr &&
+           leftpad_k == nullptr && batch_idx_k == nullptr;
+  }
 };
 
 /// One sequence: entry of the batch dimension, first row, number of rows.

@@ -166,7 +166,8 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
              .softmax_scale = checked_scale(options.softmax_scale),
              .scores = checked_scores(options.softcap, options.alibi_slopes, q, problem.shape),
              .dropout = checked_dropout(options.dropout_p, options.rng_state, q),
-             .sink = checked_sink(options.sink, q, problem.shape)} {}
+             .sink = checked_sink(options.sink, q, problem.shape),
+             .workspace = nullptr} {}
 
 BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool deterministic,
                            int alignment)

@@ -16,6 +16,18 @@ namespace {
 
 constexpr int kAlignment = 16;  // bytes of one cp.async
 
+/// Scratch memory on the device of `like`; none where no bytes are asked for.
+struct Workspace {
+  Workspace(Tensor const& like, std::size_t bytes) {
+    if (bytes > 0) {
+      memory = new_tensor(like, {int64_t(bytes)}, aoti_torch_dtype_uint8());
+      ptr = memory->data_ptr();
+    }
+  }
+  std::optional<Tensor> memory;
+  void* ptr = nullptr;
+};
+
 std::tuple<Tensor, Tensor> forward_cuda(
     Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
     int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
@@ -29,7 +41,7 @@ std::tuple<Tensor, Tensor> forward_cuda(
       softmax_scale, window_left,  window_right,
       softcap,       alibi_slopes, dropout_p,
       rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
-  ForwardCall const call(q, k, v, options, kAlignment);
+  ForwardCall call(q, k, v, options, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   ForwardConfig const& config = device.forward_config(call.dtype, call.params);
   if (call.is_empty()) {
@@ -39,6 +51,8 @@ std::tuple<Tensor, Tensor> forward_cuda(
   if (auto const* const row = device.sm90_forward_config(call.dtype, call.params)) {
     sm90::forward(*row, call.params, device.properties(), stream);
   } else {
+    Workspace const workspace(q, sm80::forward_workspace_bytes(config, call.params));
+    call.params.workspace = workspace.ptr;
     sm80::forward(config, call.params, device.properties(), stream);
   }
   return {call.out, call.softmax_lse};
@@ -69,8 +83,8 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
     return call.softmax_d;
   }
   auto const run = [&](std::size_t workspace_bytes, auto const& launch) {
-    Tensor const workspace = new_tensor(q, {int64_t(workspace_bytes)}, aoti_torch_dtype_uint8());
-    call.params.workspace = workspace.data_ptr();
+    Workspace const workspace(q, workspace_bytes);
+    call.params.workspace = workspace.ptr;
     launch(current_stream(device_index));
   };
   if (auto const* const row = device.sm90_backward_config(call.dtype, call.params)) {
@@ -79,7 +93,7 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
       sm90::backward(*row, call.params, section, device.properties(), stream);
     });
   } else {
-    run(sm80::backward_workspace_bytes(config, call.params.shape),
+    run(sm80::backward_workspace_bytes(config, call.params),
         [&](Stream stream) { sm80::backward(config, call.params, device.properties(), stream); });
   }
   call.finish();

@@ -99,28 +99,30 @@ CudaDevice::CudaDevice(int device_index)
       properties_{.index = device_index,
                   .num_sms = attribute(cudaDevAttrMultiProcessorCount, device_index),
                   .l2_bytes = attribute(cudaDevAttrL2CacheSize, device_index)} {
-  for (DType const dtype : {DType::kFp16, DType::kBf16}) {
-    for (std::size_t step = 0; step < forward_[0].size(); ++step) {
-      KernelRequest const request{compute_capability_, dtype, int(step) * kHeadDimStep,
-                                  smem_bytes_};
-      forward_[std::size_t(dtype)][step] = select_forward(request);
-      backward_[std::size_t(dtype)][step] = select_backward(request);
+  for (bool const extras : {false, true}) {
+    for (DType const dtype : {DType::kFp16, DType::kBf16}) {
+      for (std::size_t step = 0; step < forward_[0][0].size(); ++step) {
+        KernelRequest const request{compute_capability_, dtype, int(step) * kHeadDimStep, extras,
+                                    smem_bytes_};
+        forward_[extras][std::size_t(dtype)][step] = select_forward(request);
+        backward_[extras][std::size_t(dtype)][step] = select_backward(request);
+      }
     }
   }
 }
 
-template <class Config>
+template <class Config, class Params>
 Config const& CudaDevice::find(Table<Config> const& table, char const* pass, DType dtype,
-                               Shape const& shape) const {
+                               Params const& params) const {
   if (dtype == DType::kFp32) {
     throw std::invalid_argument(
         "flash_attn: q: expected dtype Half or BFloat16 on CUDA, got Float");
   }
-  check_head_dim_step("q", shape.head_dim);
-  check_head_dim_step("v", shape.head_dim_v);
-  int const head_dim = std::max(shape.head_dim, shape.head_dim_v);
+  check_head_dim_step("q", params.shape.head_dim);
+  check_head_dim_step("v", params.shape.head_dim_v);
+  int const head_dim = std::max(params.shape.head_dim, params.shape.head_dim_v);
   Selection<Config> const& selection =
-      table[std::size_t(dtype)][std::size_t(head_dim / kHeadDimStep)];
+      table[params.has_extras()][std::size_t(dtype)][std::size_t(head_dim / kHeadDimStep)];
   if (!selection.found) {
     throw std::runtime_error(std::string("flash_attn: no ") + pass + " kernel for head_dim " +
                              std::to_string(head_dim) + " on a GPU of compute capability " +
@@ -129,12 +131,12 @@ Config const& CudaDevice::find(Table<Config> const& table, char const* pass, DTy
   return selection.row;
 }
 
-ForwardConfig const& CudaDevice::forward_config(DType dtype, Shape const& shape) const {
-  return find(forward_, "forward", dtype, shape);
+ForwardConfig const& CudaDevice::forward_config(DType dtype, ForwardParams const& params) const {
+  return find(forward_, "forward", dtype, params);
 }
 
-BackwardConfig const& CudaDevice::backward_config(DType dtype, Shape const& shape) const {
-  return find(backward_, "backward", dtype, shape);
+BackwardConfig const& CudaDevice::backward_config(DType dtype, BackwardParams const& params) const {
+  return find(backward_, "backward", dtype, params);
 }
 
 bool CudaDevice::uses_sm90() const {
@@ -143,7 +145,7 @@ bool CudaDevice::uses_sm90() const {
 
 Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
                                                          ForwardParams const& params) const {
-  if (!uses_sm90()) {
+  if (!uses_sm90() || params.has_extras() || !params.sequences.are_entries()) {
     return nullptr;
   }
   Sm90ForwardConfig const* const row =
@@ -153,7 +155,7 @@ Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
 
 Sm90BackwardConfig const* CudaDevice::sm90_backward_config(DType dtype,
                                                            BackwardParams const& params) const {
-  if (!uses_sm90()) {
+  if (!uses_sm90() || params.has_extras() || !params.sequences.are_entries()) {
     return nullptr;
   }
   Sm90BackwardConfig const* const row = select_sm90_backward(dtype, params.shape, smem_bytes_);

@@ -16,9 +16,9 @@ class CudaDevice {
   /// Throws if this build has no machine code for the device.
   explicit CudaDevice(int device_index);
 
-  /// The row that serves the dtype and head_dims. Throws with one reason per row if none does.
-  ForwardConfig const& forward_config(DType dtype, Shape const& shape) const;
-  BackwardConfig const& backward_config(DType dtype, Shape const& shape) const;
+  /// The row of the sm80 family for the problem. Throws with one reason per row if none serves it.
+  ForwardConfig const& forward_config(DType dtype, ForwardParams const& params) const;
+  BackwardConfig const& backward_config(DType dtype, BackwardParams const& params) const;
 
   /// The row of the sm90 family for the problem; null where the sm80 family has to serve it.
   Sm90ForwardConfig const* sm90_forward_config(DType dtype, ForwardParams const& params) const;
@@ -27,17 +27,17 @@ class CudaDevice {
   Device const& properties() const { return properties_; }
 
  private:
-  /// Selections by dtype (fp16, bf16) and head_dim / kHeadDimStep: a lookup in the hot path instead
-  /// of a search.
+  /// Selections by extras, dtype (fp16, bf16) and head_dim / kHeadDimStep: a lookup in the hot path
+  /// instead of a search.
   template <class Config>
-  using Table = std::array<std::array<Selection<Config>, 256 / kHeadDimStep + 1>, 2>;
+  using Table = std::array<std::array<std::array<Selection<Config>, 256 / kHeadDimStep + 1>, 2>, 2>;
 
   /// False also where limit_kernel_family() says so.
   bool uses_sm90() const;
 
-  template <class Config>
+  template <class Config, class Params>
   Config const& find(Table<Config> const& table, char const* pass, DType dtype,
-                     Shape const& shape) const;
+                     Params const& params) const;
 
   int compute_capability_;
   int smem_bytes_;  // that a thread block may use

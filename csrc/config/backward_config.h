@@ -6,11 +6,12 @@
 
 namespace flash {
 
-/// One compiled backward kernel. The first three fields are the key, the rest is tuning.
+/// One compiled backward kernel. The first four fields are the key, the rest is tuning.
 struct BackwardConfig {
   int arch;
   DType dtype;
   int head_dim;
+  bool extras;         // softcap, ALiBi and dropout
   int tile_m, tile_n;  // a thread block owns tile_n keys and walks query tiles of tile_m rows
   int num_warps;
   int warps_m_s;      // warps along the query rows of S and dP; the rest lie along the keys
@@ -25,9 +26,7 @@ struct BackwardConfig {
     int const probabilities = 2 * tile_m * tile_n;  // P and dS
     return (operands + probabilities) * element_size(dtype);
   }
-  constexpr RowName name() const {
-    return row_name("bwd", arch, head_dim, dtype == DType::kBf16 ? "bf16" : "fp16");
-  }
+  constexpr RowName name() const { return row_name("bwd", arch, head_dim, dtype, extras); }
   friend constexpr bool operator==(BackwardConfig const&, BackwardConfig const&) = default;
 };
 
@@ -35,17 +34,24 @@ struct BackwardConfig {
 template <DType kDType>
 inline constexpr BackwardConfig kBackwardRows[] = {
     // clang-format off
-    // arch dtype head_dim  m    n  warps  m_s n_dkv m_dq stages blocks
-    {80, kDType,  64,      64,  64,  4,     2,   2,   2,    2,    3},
-    {80, kDType,  64,     128,  64,  4,     2,   2,   2,    1,    2},
-    {80, kDType,  96,      64,  64,  4,     2,   2,   2,    2,    2},
-    {80, kDType, 128,      64,  64,  4,     2,   2,   2,    2,    2},
-    {80, kDType, 128,      64,  64,  4,     2,   2,   2,    1,    2},
-    {80, kDType, 192,      64,  96,  8,     4,   2,   2,    1,    1},
-    {80, kDType, 192,      32,  64,  8,     2,   4,   2,    1,    1},
-    {80, kDType, 256,      64,  64,  8,     2,   2,   2,    2,    1},
-    {80, kDType, 256,      32,  64,  8,     2,   2,   2,    2,    1},
-    {80, kDType, 256,      32,  32,  4,     2,   2,   1,    1,    1},
+    // arch dtype head_dim extras  m    n  warps  m_s n_dkv m_dq stages blocks
+    {80, kDType,  64, false,     64,  64,  4,     2,   2,   2,    2,    3},
+    {80, kDType,  64, false,    128,  64,  4,     2,   2,   2,    1,    2},
+    {80, kDType,  64, true,      64,  64,  4,     2,   2,   2,    2,    3},
+    {80, kDType,  96, false,     64,  64,  4,     2,   2,   2,    2,    2},
+    {80, kDType,  96, true,      64,  64,  4,     2,   2,   2,    2,    2},
+    {80, kDType, 128, false,     64,  64,  4,     2,   2,   2,    2,    2},
+    {80, kDType, 128, false,     64,  64,  4,     2,   2,   2,    1,    2},
+    {80, kDType, 128, true,      64,  64,  4,     2,   2,   2,    2,    2},
+    {80, kDType, 128, true,      64,  64,  4,     2,   2,   2,    1,    2},
+    {80, kDType, 192, false,     64,  96,  8,     4,   2,   2,    1,    1},
+    {80, kDType, 192, false,     32,  64,  8,     2,   4,   2,    1,    1},
+    {80, kDType, 192, true,      32,  64,  8,     2,   4,   2,    1,    1},
+    {80, kDType, 256, false,     64,  64,  8,     2,   2,   2,    2,    1},
+    {80, kDType, 256, false,     32,  64,  8,     2,   2,   2,    2,    1},
+    {80, kDType, 256, false,     32,  32,  4,     2,   2,   1,    1,    1},
+    {80, kDType, 256, true,      32,  64,  8,     2,   2,   2,    2,    1},
+    {80, kDType, 256, true,      32,  32,  4,     2,   2,   1,    1,    1},
     // clang-format on
 };
 

@@ -6,11 +6,12 @@
 
 namespace flash {
 
-/// One compiled forward kernel. The first three fields are the key, the rest is tuning.
+/// One compiled forward kernel. The first four fields are the key, the rest is tuning.
 struct ForwardConfig {
   int arch;  // kernel family: 80 runs on compute capability 8.0 and later
   DType dtype;
   int head_dim;  // columns of the tile; smaller head_dims are padded with zeros on load
+  bool extras;   // softcap, ALiBi and dropout
   int tile_m, tile_n;
   int num_warps;      // each owns tile_m / num_warps query rows
   bool late_copy;     // the next K is copied under P V alone instead of under softmax and P V
@@ -20,25 +21,28 @@ struct ForwardConfig {
   constexpr int smem_bytes() const {
     return (tile_m + 2 * tile_n) * head_dim * element_size(dtype);
   }
-  constexpr RowName name() const {
-    return row_name("fwd", arch, head_dim, dtype == DType::kBf16 ? "bf16" : "fp16");
-  }
+  constexpr RowName name() const { return row_name("fwd", arch, head_dim, dtype, extras); }
   friend constexpr bool operator==(ForwardConfig const&, ForwardConfig const&) = default;
 };
 
-/// Rows of one dtype; rows of one (arch, head_dim) are in order of preference. The first whose
-/// blocks_per_sm fit an SM's shared memory is taken, else the first that fits at all (a block gets
-/// 163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on sm_90). Measured: docs/lessons.md.
+/// Rows of one dtype; rows of one (arch, head_dim, extras) are in order of preference. The first
+/// whose blocks_per_sm fit an SM's shared memory is taken, else the first that fits at all (a block
+/// gets 163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on sm_90). Measured: docs/lessons.md.
 template <DType kDType>
 inline constexpr ForwardConfig kForwardRows[] = {
     // clang-format off
-    // arch dtype head_dim  m    n  warps  late  blocks
-    {80, kDType,  64,      64, 128,  4,   false,  3},
-    {80, kDType,  96,     128,  64,  4,   false,  2},
-    {80, kDType, 128,     128,  64,  4,   true,   2},
-    {80, kDType, 192,      64,  64,  4,   false,  2},
-    {80, kDType, 256,      64,  64,  4,   false,  2},
-    {80, kDType, 256,     128,  64,  8,   false,  1},
+    // arch dtype head_dim extras  m    n  warps  late  blocks
+    {80, kDType,  64, false,     64, 128,  4,   false,  3},
+    {80, kDType,  64, true,      64,  64,  4,   false,  3},
+    {80, kDType,  96, false,    128,  64,  4,   false,  2},
+    {80, kDType,  96, true,      64,  64,  4,   false,  3},
+    {80, kDType, 128, false,    128,  64,  4,   true,   2},
+    {80, kDType, 128, true,      64,  64,  4,   false,  2},
+    {80, kDType, 192, false,     64,  64,  4,   false,  2},
+    {80, kDType, 192, true,      64,  64,  4,   false,  2},
+    {80, kDType, 256, false,     64,  64,  4,   false,  2},
+    {80, kDType, 256, false,    128,  64,  8,   false,  1},
+    {80, kDType, 256, true,      64,  64,  4,   false,  2},
     // clang-format on
 };
 

@@ -3,6 +3,8 @@
 
 #include <string_view>
 
+#include "params.h"
+
 #ifndef FLASH_ATTN_KERNELS
 #define FLASH_ATTN_KERNELS ""
 #endif
@@ -29,14 +31,16 @@ constexpr bool is_compiled(std::string_view name) {
   return false;
 }
 
-/// Name of a row, "fwd/sm80/128/bf16", in a fixed buffer so that it can be made at compile time.
+/// Name of a row, "fwd/sm80/128/bf16" or "fwd/sm80/128/bf16/extras", in a fixed buffer so that it
+/// can be made at compile time.
 struct RowName {
-  char text[24] = {};
+  char text[32] = {};
 
   constexpr operator std::string_view() const { return text; }
 };
 
-constexpr RowName row_name(std::string_view pass, int arch, int head_dim, std::string_view dtype) {
+constexpr RowName row_name(std::string_view pass, int arch, int head_dim, DType dtype,
+                           bool extras = false) {
   RowName name;
   std::size_t size = 0;
   auto append = [&](std::string_view part) {
@@ -57,7 +61,8 @@ constexpr RowName row_name(std::string_view pass, int arch, int head_dim, std::s
   append("/");
   append_number(head_dim);
   append("/");
-  append(dtype);
+  append(dtype == DType::kBf16 ? "bf16" : "fp16");
+  append(extras ? "/extras" : "");
   return name;
 }
 

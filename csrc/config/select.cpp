@@ -63,7 +63,7 @@ Selection<Config> select(std::vector<Config> const& rows, KernelRequest const& r
   std::string why_not;
   Config const* first = nullptr;  // row that serves the request, of the smallest head_dim
   for (Config const& row : rows) {
-    if (row.dtype != request.dtype) {
+    if (row.dtype != request.dtype || row.extras != request.extras) {
       continue;
     }
     std::string const reason = reason_against(row, request);

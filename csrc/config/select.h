@@ -17,6 +17,7 @@ struct KernelRequest {
   int compute_capability;  // 80, 86, 90, ...
   DType dtype;
   int head_dim;
+  bool extras;
   int smem_bytes;
 };
 

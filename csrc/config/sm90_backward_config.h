@@ -48,9 +48,7 @@ struct Sm90BackwardConfig {
                         int(sizeof(uint64_t)) * barriers,
                     kTileAlignment);
   }
-  constexpr RowName name() const {
-    return row_name("bwd", kArch, head_dim, dtype == DType::kBf16 ? "bf16" : "fp16");
-  }
+  constexpr RowName name() const { return row_name("bwd", kArch, head_dim, dtype); }
   friend constexpr bool operator==(Sm90BackwardConfig const&, Sm90BackwardConfig const&) = default;
 };
 

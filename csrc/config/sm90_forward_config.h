@@ -40,9 +40,7 @@ struct Sm90ForwardConfig {
         elements * element_size(dtype) + 32 * kWorkStages + int(sizeof(uint64_t)) * barriers,
         kTileAlignment);
   }
-  constexpr RowName name() const {
-    return row_name("fwd", kArch, head_dim, dtype == DType::kBf16 ? "bf16" : "fp16");
-  }
+  constexpr RowName name() const { return row_name("fwd", kArch, head_dim, dtype); }
   friend constexpr bool operator==(Sm90ForwardConfig const&, Sm90ForwardConfig const&) = default;
 };
 

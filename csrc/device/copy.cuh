@@ -24,16 +24,17 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-/// The rows of one (batch, head) of a strided tensor.
+/// The rows of one head of a sequence in a strided tensor.
 struct GlobalRows {
   char* ptr;          // row 0, column 0
   int64_t row_bytes;  // bytes from row to row
   int num_rows;       // rows past these are not touched
   int num_cols;       // columns past these are not touched; a multiple of 8
 
-  __device__ __forceinline__ GlobalRows(Strided const& tensor, int batch, int head, int num_rows,
-                                        int num_cols)
-      : ptr(static_cast<char*>(tensor.ptr) + tensor.offset(batch, head) * 2),
+  __device__ __forceinline__ GlobalRows(Strided const& tensor, int entry, int head, int first_row,
+                                        int num_rows, int num_cols)
+      : ptr(static_cast<char*>(tensor.ptr) +
+            (tensor.offset(entry, head) + first_row * tensor.row_stride) * 2),
         row_bytes(tensor.row_stride * 2),
         num_rows(num_rows),
         num_cols(num_cols) {}

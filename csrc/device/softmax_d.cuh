@@ -6,20 +6,54 @@
 
 namespace flash {
 
+/// Some rows of softmax_d of one head: which rows of which sequence they are. Those behind its end
+/// belong to none.
+struct RowBlock {
+  int head;
+  int row;  // the first, counted from the sequence's begin
+  Sequence sequence;
+};
+
+/// Block number `idx` of `rows` rows each, which divide 128.
+__device__ __forceinline__ RowBlock row_block(BackwardParams const& params, int idx, int rows) {
+  Shape const& shape = params.shape;
+  int const blocks_per_head = params.softmax_d_rows / rows;
+  int const entry_head = idx / blocks_per_head, row = idx % blocks_per_head * rows;
+  int const head = entry_head % shape.num_heads;
+  auto const sequence = [&](int batch) {
+    return sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k);
+  };
+  if (params.sequences.cu_seqlens_q == nullptr) {
+    return {head, row, sequence(entry_head / shape.num_heads)};
+  }
+  // The last sequence that begins at or before the row.
+  int batch = 0;
+  for (int end = shape.batch_size; end - batch > 1;) {
+    int const middle = (batch + end) / 2;
+    int const first = first_softmax_d_row(sequence(middle), params.sequences, middle);
+    (first <= row ? batch : end) = middle;
+  }
+  Sequence const found = sequence(batch);
+  return {head, row - first_softmax_d_row(found, params.sequences, batch), found};
+}
+
 struct RowStatistics {
   float lse;        // natural logarithm; +inf where all gradients are 0, and past seqlen_q
   float softmax_d;  // rowsum(dout * out) - dlse
 };
 
-/// Of `row`, by the eight neighbouring lanes that share it, each of which gets them.
+/// Of `row` of a sequence, by the eight neighbouring lanes that share it, each of which gets them.
 template <DType kDType>
-__device__ __forceinline__ RowStatistics row_statistics(BackwardParams const& params, int batch,
-                                                        int head, int row) {
+__device__ __forceinline__ RowStatistics row_statistics(BackwardParams const& params,
+                                                        Sequence const& sequence, int head,
+                                                        int row) {
   Shape const& shape = params.shape;
   RowStatistics result{kInfinity, 0.f};
-  if (row < shape.seqlen_q) {
-    GlobalRows const out(params.out, batch, head, shape.seqlen_q, shape.head_dim_v);
-    GlobalRows const dout(params.dout, batch, head, shape.seqlen_q, shape.head_dim_v);
+  if (row >= 0 && row < sequence.seqlen_q) {
+    GlobalRows const out(params.out, sequence.entry_q, head, sequence.first_q, sequence.seqlen_q,
+                         shape.head_dim_v);
+    GlobalRows const dout(params.dout, sequence.entry_q, head, sequence.first_q, sequence.seqlen_q,
+                          shape.head_dim_v);
     for (int col = threadIdx.x % 8 * 8; col < shape.head_dim_v; col += 64) {
       uint4 const a = *reinterpret_cast<uint4 const*>(out.ptr + row * out.row_bytes + col * 2);
       uint4 const b = *reinterpret_cast<uint4 const*>(dout.ptr + row * dout.row_bytes + col * 2);
@@ -32,7 +66,8 @@ __device__ __forceinline__ RowStatistics row_statistics(BackwardParams const& pa
       add_pair(a.z, b.z);
       add_pair(a.w, b.w);
     }
-    int64_t const idx = (int64_t(batch) * shape.num_heads + head) * shape.seqlen_q + row;
+    int64_t const idx = (int64_t(sequence.entry_q) * shape.num_heads + head) * shape.seqlen_q +
+                        sequence.first_q + row;
     result.lse = params.softmax_lse[idx];
     if (params.dlse != nullptr && threadIdx.x % 8 == 0) {
       result.softmax_d -= params.dlse[idx];

@@ -17,6 +17,7 @@ py::class_<Config> bind_row(py::module_& module, char const* name) {
       .def_readonly("arch", &Config::arch)
       .def_readonly("dtype", &Config::dtype)
       .def_readonly("head_dim", &Config::head_dim)
+      .def_readonly("extras", &Config::extras)
       .def_readonly("tile_m", &Config::tile_m)
       .def_readonly("tile_n", &Config::tile_n)
       .def_readonly("num_warps", &Config::num_warps)
@@ -118,8 +119,8 @@ void bind_config(py::module_& module) {
   bind_selection<ForwardConfig>(module, "ForwardSelection");
   bind_selection<BackwardConfig>(module, "BackwardSelection");
   py::class_<KernelRequest>(module, "KernelRequest")
-      .def(py::init<int, DType, int, int>(), py::arg("compute_capability"), py::arg("dtype"),
-           py::arg("head_dim"), py::arg("smem_bytes"));
+      .def(py::init<int, DType, int, bool, int>(), py::arg("compute_capability"), py::arg("dtype"),
+           py::arg("head_dim"), py::arg("extras"), py::arg("smem_bytes"));
   module.def("forward_rows", forward_rows);
   module.def("backward_rows", backward_rows);
   module.def("select_forward", select_forward);

@@ -16,13 +16,13 @@
 #pragma once
 
 #include "arith/block_range.h"
-#include "arith/tile_order.h"
 #include "config/backward_config.h"
 #include "config/smem_limit.h"
 #include "device/copy.cuh"
 #include "device/mma.cuh"
-#include "device/softmax.cuh"
+#include "device/score_options.cuh"
 #include "sm80/backward_workspace.cuh"
+#include "sm80/tile_source.cuh"
 
 namespace flash::sm80 {
 
@@ -40,6 +40,9 @@ struct BackwardTraits {
   static constexpr CopyPoint kCopyPoint = kStages == 1                ? CopyPoint::kBeforeDq
                                           : kConfig.blocks_per_sm > 1 ? CopyPoint::kBeforeDv
                                                                       : CopyPoint::kBeforeDk;
+  // Where a visit finds its key tile: kernels of eight warps spilled 8 to 16 bytes with it in
+  // registers, that of head dim 128 with it in shared memory.
+  static constexpr bool kTileInShared = kConfig.num_warps > 4;
   using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;        // Q and dO
   using TileK = SmemTile<kConfig.tile_n, kHeadDim>;        // K and V
   using TileS = SmemTile<kConfig.tile_m, kConfig.tile_n>;  // P and dS
@@ -72,16 +75,18 @@ struct BackwardTraits {
 };
 
 /// One visit of the walk: query tile m_block of query head `head`.
-struct QueryTile {
+struct QueryVisit {
   int head;
   int m_block;
 };
 
 /// The tile's place in the problem.
 struct KeyTile {
-  int n_block;
+  int n_block;  // negative: there is none
   int batch;
   int head_k;
+  Sequence sequence;
+  int first_row;        // of the sequence in the rows of softmax_d
   BlockRange m_blocks;  // query tiles that see some key
   BlockRange full;      // query tiles without need of the element mask
 
@@ -90,10 +95,10 @@ struct KeyTile {
     return (m_blocks.max - m_blocks.min) * shape.query_heads_per_key_head();
   }
   /// Visits go from the last query tile to the first, last head first.
-  __device__ __forceinline__ QueryTile first_visit(Shape const& shape) const {
+  __device__ __forceinline__ QueryVisit first_visit(Shape const& shape) const {
     return {(head_k + 1) * shape.query_heads_per_key_head() - 1, m_blocks.max - 1};
   }
-  __device__ __forceinline__ QueryTile after(QueryTile const& visit) const {
+  __device__ __forceinline__ QueryVisit after(QueryVisit const& visit) const {
     bool const same_head = visit.m_block > m_blocks.min;
     return {same_head ? visit.head : visit.head - 1,
             same_head ? visit.m_block - 1 : m_blocks.max - 1};
@@ -101,41 +106,99 @@ struct KeyTile {
 };
 
 template <class Traits>
-__device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileOrder const& order,
+__device__ __forceinline__ TileGrid tile_grid(BackwardParams const& params,
+                                              Sequence const& sequence) {
+  return {Traits::kConfig.tile_m, Traits::kConfig.tile_n, sequence.seqlen_q, sequence.seqlen_k,
+          params.mask};
+}
+
+template <class Traits>
+__device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileSource const& source,
                                             int tile_idx) {
   Shape const& shape = params.shape;
-  Tile const tile = order.tile(tile_idx);
-  int const head_k = tile.batch_head % shape.num_heads_k;
-  TileGrid const grid{Traits::kConfig.tile_m, Traits::kConfig.tile_n, shape.seqlen_q,
-                      shape.seqlen_k, params.mask};
+  Tile const tile = source.tile(tile_idx, shape.num_heads_k);
+  int const batch = tile.batch_head / shape.num_heads_k;
+  Sequence const sequence = sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k);
+  TileGrid const grid = tile_grid<Traits>(params, sequence);
   // Keys past the end have to be masked in every visit: exp(0 - lse) may be infinite.
-  bool const ragged = (tile.block + 1) * Traits::kConfig.tile_n > shape.seqlen_k;
-  return {tile.block, tile.batch_head / shape.num_heads_k, head_k, m_block_range(grid, tile.block),
+  bool const ragged = (tile.block + 1) * Traits::kConfig.tile_n > sequence.seqlen_k;
+  return {tile.block,
+          batch,
+          tile.batch_head % shape.num_heads_k,
+          sequence,
+          first_softmax_d_row(sequence, params.sequences, batch),
+          m_block_range(grid, tile.block),
           ragged ? BlockRange{0, 0} : full_m_block_range(grid, tile.block)};
+}
+
+/// The tile's rows of k, v or a gradient of theirs.
+__device__ __forceinline__ GlobalRows key_rows(Strided const& tensor, KeyTile const& tile,
+                                               int cols) {
+  Sequence const& sequence = tile.sequence;
+  return {tensor, sequence.entry_k, tile.head_k, sequence.first_k, sequence.seqlen_k, cols};
 }
 
 /// Starts the copies of one visit's Q and dO into stage `stage`.
 template <class Traits>
-__device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_t smem, int batch,
-                                           QueryTile const& visit, int stage) {
+__device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_t smem,
+                                           Sequence const& sequence, QueryVisit const& visit,
+                                           int stage) {
   using Copy = TileCopy<typename Traits::TileQ, Traits::kThreads>;
   Shape const& shape = params.shape;
   int const first_row = visit.m_block * Traits::kConfig.tile_m;
   uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
-  Copy::load(smem + Traits::kSmemQ + stage_bytes,
-             GlobalRows(params.q, batch, visit.head, shape.seqlen_q, shape.head_dim), first_row,
+  auto const rows = [&](Strided const& tensor, int cols) {
+    return GlobalRows(tensor, sequence.entry_q, visit.head, sequence.first_q, sequence.seqlen_q,
+                      cols);
+  };
+  Copy::load(smem + Traits::kSmemQ + stage_bytes, rows(params.q, shape.head_dim), first_row,
              fresh_thread_idx());
-  Copy::load(smem + Traits::kSmemDO + stage_bytes,
-             GlobalRows(params.dout, batch, visit.head, shape.seqlen_q, shape.head_dim_v),
-             first_row, fresh_thread_idx());
+  Copy::load(smem + Traits::kSmemDO + stage_bytes, rows(params.dout, shape.head_dim_v), first_row,
+             fresh_thread_idx());
   cp_async_commit();
+}
+
+__device__ __forceinline__ HeadScores head_scores(BackwardParams const& params, KeyTile const& tile,
+                                                  QueryVisit const& visit) {
+  return {params.scores, params.softmax_scale, tile.batch, visit.head, tile.sequence};
+}
+
+/// From scores and dO V^T to P and dS, in place, with dropout and the softcap's derivative. What
+/// dropout keeps of P is scaled at the end, in dV.
+template <class Traits, int kM, int kN>
+__device__ __forceinline__ void extra_gradients(
+    BackwardParams const& params, KeyTile const& tile, QueryVisit const& visit,
+    HeadScores const& head, PiecePlacement const& place, float const (&lse_log2)[kM][2],
+    float const (&minus_d)[kM][2], float (&scores)[kM][kN][4], float (&dp)[kM][kN][4]) {
+  static_assert(kM * kN * 4 <= 32, "one bit an element");
+  uint32_t dropped = 0;
+  if (params.dropout.rng_state != nullptr) {
+    DropoutLane const lane(params.dropout, tile.batch * params.shape.num_heads + visit.head);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kN; n += 2) {
+        lane.visit_block(place.first_row + m * place.row_step,
+                         place.first_col + n / 2 * place.col_step,
+                         [&](int half, int e) { dropped |= 1u << ((m * kN + n + half) * 4 + e); });
+      }
+    }
+  }
+  head.for_each_element<kM, kN>(place, [&](int m, int n, int e, float distance) {
+    bool const is_dropped = (dropped >> ((m * kN + n) * 4 + e) & 1) != 0;
+    float const score = scores[m][n][e];
+    float const p = exp2_approx(fmaf(score, kLog2E, -lse_log2[m][e / 2]));
+    float const kept_dp = is_dropped ? 0.f : dp[m][n][e] * params.dropout.scale;
+    scores[m][n][e] = is_dropped ? 0.f : p;
+    dp[m][n][e] = p * head.derivative(score, distance) * (kept_dp + minus_d[m][e / 2]);
+  });
 }
 
 /// S = Q K^T, dP - softmax_d = dO V^T - softmax_d; leaves P and dS in shared memory as 16-bit
 /// tiles.
 template <class Traits>
 __device__ __forceinline__ void scores(BackwardParams const& params, RowStats const* row_stats,
-                                       uint32_t smem, KeyTile const& tile, QueryTile const& visit,
+                                       uint32_t smem, KeyTile const& tile, QueryVisit const& visit,
                                        int stage) {
   constexpr BackwardConfig kConfig = Traits::kConfig;
   constexpr int kRowStep = 16 * Traits::kWarpsMS, kColStep = 16 * Traits::kWarpsNS;
@@ -169,12 +232,25 @@ __device__ __forceinline__ void scores(BackwardParams const& params, RowStats co
   };
   clear(acc_s);
   add_product(acc_s, smem + Traits::kSmemQ + stage_bytes, smem + Traits::kSmemK);
-  set_rows(acc_dp, minus_d);
+  if constexpr (kConfig.extras) {
+    clear(acc_dp);  // dropout comes before softmax_d
+  } else {
+    set_rows(acc_dp, minus_d);
+  }
   add_product(acc_dp, smem + Traits::kSmemDO + stage_bytes, smem + Traits::kSmemV);
 
+  Sequence const& sequence = tile.sequence;
+  PiecePlacement const place{first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n,
+                             kColStep};
+  if constexpr (kConfig.extras) {
+    apply_options(acc_s, place, head_scores(params, tile, visit));
+  }
   if (visit.m_block < tile.full.min || visit.m_block >= tile.full.max) {
-    apply_mask(acc_s, {first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n, kColStep},
-               params.mask, params.shape.seqlen_q, params.shape.seqlen_k);
+    apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
+  }
+  if constexpr (kConfig.extras) {
+    extra_gradients<Traits>(params, tile, visit, head_scores(params, tile, visit), place, lse_log2,
+                            minus_d, acc_s, acc_dp);
   }
 
   float const scale_log2 = params.softmax_scale * kLog2E;
@@ -188,8 +264,9 @@ __device__ __forceinline__ void scores(BackwardParams const& params, RowStats co
         float p[2], ds[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          p[e] = exp2_approx(fmaf(acc_s[m][n][2 * half + e], scale_log2, -lse_log2[m][half]));
-          ds[e] = p[e] * acc_dp[m][n][2 * half + e];
+          float const s = acc_s[m][n][2 * half + e], dp = acc_dp[m][n][2 * half + e];
+          p[e] = kConfig.extras ? s : exp2_approx(fmaf(s, scale_log2, -lse_log2[m][half]));
+          ds[e] = kConfig.extras ? dp : p[e] * dp;
         }
         uint32_t const address = writer.at(m * kRowStep + half * 8, n / 2 * kColStep + n % 2 * 8);
         store_shared(address + Traits::kSmemP, pack2<Traits::kDType>(p[0], p[1]));
@@ -274,7 +351,7 @@ __device__ __forceinline__ void store_keys(float const (&acc)[Traits::kNDkv][2 *
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_sm)
     backward_kernel(__grid_constant__ BackwardParams const params,
-                    __grid_constant__ TileOrder const order,
+                    __grid_constant__ TileSource const source,
                     __grid_constant__ BackwardWorkspace const workspace) {
   using CopyK = TileCopy<typename Traits::TileK, Traits::kThreads>;
   constexpr BackwardConfig kConfig = Traits::kConfig;
@@ -286,40 +363,51 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
 
   Shape const& shape = params.shape;
   int const tile_idx = params.deterministic ? workspace.take_ticket() : fresh(blockIdx.x);
-  KeyTile const tile = key_tile<Traits>(params, order, tile_idx);
-  int const first_key = tile.n_block * kConfig.tile_n;
+  KeyTile const own_tile = key_tile<Traits>(params, source, tile_idx);
+  __shared__ KeyTile shared_tile;
+  if constexpr (Traits::kTileInShared) {
+    if (threadIdx.x == 0) {
+      shared_tile = own_tile;
+    }
+    __syncthreads();
+  }
+  KeyTile const& tile = Traits::kTileInShared ? shared_tile : own_tile;
+  if (tile.n_block < 0) {
+    return;
+  }
+  auto const first_key = [&] { return tile.n_block * kConfig.tile_n; };
   int visits_left = tile.num_visits(shape);
-  QueryTile next_visit = tile.first_visit(shape);
+  QueryVisit next_visit = tile.first_visit(shape);
 
-  CopyK::load(smem + Traits::kSmemK,
-              GlobalRows(params.k, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim),
-              first_key, threadIdx.x);
-  CopyK::load(smem + Traits::kSmemV,
-              GlobalRows(params.v, tile.batch, tile.head_k, shape.seqlen_k, shape.head_dim_v),
-              first_key, threadIdx.x);
+  CopyK::load(smem + Traits::kSmemK, key_rows(params.k, tile, shape.head_dim), first_key(),
+              threadIdx.x);
+  CopyK::load(smem + Traits::kSmemV, key_rows(params.v, tile, shape.head_dim_v), first_key(),
+              threadIdx.x);
   cp_async_commit();
   if (visits_left > 0) {
-    load_visit<Traits>(params, smem, tile.batch, next_visit, visits_left % Traits::kStages);
+    load_visit<Traits>(params, smem, tile.sequence, next_visit, visits_left % Traits::kStages);
   }
 
   float acc_dk[Traits::kNDkv][2 * Traits::kDDkv][4], acc_dv[Traits::kNDkv][2 * Traits::kDDkv][4];
   clear(acc_dk);
   clear(acc_dv);
   for (; visits_left > 0; --visits_left) {
-    QueryTile const visit = next_visit;
+    QueryVisit const visit = next_visit;
     next_visit = tile.after(visit);
     int const stage = visits_left % Traits::kStages;
     uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
+    auto const first_row = [&] {
+      return workspace.first_row(tile.sequence.entry_q, fresh(visit.head), tile.first_row);
+    };
     auto const copy_next_visit = [&] {
       if (visits_left > 1) {
-        load_visit<Traits>(params, smem, tile.batch, next_visit,
+        load_visit<Traits>(params, smem, tile.sequence, next_visit,
                            (visits_left - 1) % Traits::kStages);
       }
     };
     cp_async_wait<0>();
     __syncthreads();  // this visit's Q, dO are there; every warp is done with the previous visit
-    scores<Traits>(params, workspace.row_stats_of(shape, tile.batch, visit.head), smem, tile, visit,
-                   stage);
+    scores<Traits>(params, workspace.row_stats + first_row(), smem, tile, visit, stage);
     __syncthreads();  // P and dS are complete
 
     if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDv) {
@@ -334,11 +422,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       __syncthreads();  // every warp is done with Q and dO
       copy_next_visit();
     }
-    DqSums const sums = workspace.dq_sums(shape, tile.batch, visit.head);
-    int* const turn = workspace.turn(shape, tile.batch, visit.head, visit.m_block);
+    DqSums const sums = workspace.dq_sums(first_row());
+    int* const turn = workspace.turn(first_row(), visit.m_block);
     if (params.deterministic) {
-      TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k,
-                          params.mask};
+      TileGrid const grid = tile_grid<Traits>(params, tile.sequence);
       wait_turn(turn, tile.n_block - n_block_range(grid, visit.m_block).min);
     }
     add_dq<Traits>(sums, smem, visit.m_block);
@@ -349,14 +436,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   cp_async_wait<0>();
   __syncthreads();  // every warp is done with shared memory
 
-  KeyTile const done = key_tile<Traits>(params, order, tile_idx);
+  KeyTile const done =
+      Traits::kTileInShared ? shared_tile : key_tile<Traits>(params, source, tile_idx);
   store_keys<Traits>(acc_dk, params.softmax_scale, smem + Traits::kSmemK,
-                     GlobalRows(params.dk, done.batch, done.head_k, shape.seqlen_k, shape.head_dim),
-                     done.n_block * kConfig.tile_n);
-  store_keys<Traits>(
-      acc_dv, 1.f, smem + Traits::kSmemV,
-      GlobalRows(params.dv, done.batch, done.head_k, shape.seqlen_k, shape.head_dim_v),
-      done.n_block * kConfig.tile_n);
+                     key_rows(params.dk, done, shape.head_dim), done.n_block * kConfig.tile_n);
+  store_keys<Traits>(acc_dv, kConfig.extras ? params.dropout.scale : 1.f, smem + Traits::kSmemV,
+                     key_rows(params.dv, done, shape.head_dim_v), done.n_block * kConfig.tile_n);
 }
 
 }  // namespace flash::sm80

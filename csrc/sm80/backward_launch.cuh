@@ -24,26 +24,51 @@ inline TileOrder backward_order(BackwardConfig const& config, BackwardParams con
           false};
 }
 
+/// Packed keys: the tiles are listed first, by a kernel that also clears what is written by none.
+inline LaunchedTiles backward_tiles(BackwardConfig const& config, BackwardParams const& params,
+                                    void* list_memory, Device const& device, Stream stream) {
+  Shape const& shape = params.shape;
+  PackedProblem const packed{.shape = shape,
+                             .sequences = params.sequences,
+                             .mask = params.mask,
+                             .padded = {{params.dq, shape.num_heads, shape.head_dim, false},
+                                        {params.dk, shape.num_heads_k, shape.head_dim, true},
+                                        {params.dv, shape.num_heads_k, shape.head_dim_v, true}},
+                             .num_padded = 3,
+                             .softmax_lse = nullptr};
+  if (params.sequences.cu_seqlens_k == nullptr) {
+    TileOrder const order = backward_order(config, params, device);
+    return {{order, {}}, int64_t(order.num_blocks) * order.num_batch_heads};
+  }
+  Tiling const tiling{.of_keys = true,
+                      .tile_rows = config.tile_n,
+                      .other_tile_rows = config.tile_m,
+                      .descending = false};
+  TileList const list = list_tiles(packed, tiling, list_memory, stream);
+  return {{{}, list}, max_key_tiles(config, params) * shape.num_heads_k};
+}
+
 template <BackwardConfig kConfig>
 void launch_backward(BackwardParams const& params, Device const& device, Stream stream) {
-  Shape const& shape = params.shape;
-  int const batch_heads = shape.batch_size * shape.num_heads;
-  char* const row_stats = static_cast<char*>(params.workspace) + dq_sums_bytes(kConfig, shape);
-  char* const counters = row_stats + row_stats_bytes(shape);
-  BackwardWorkspace const workspace{
-      static_cast<float*>(params.workspace), reinterpret_cast<RowStats*>(row_stats),
-      reinterpret_cast<int*>(counters), kConfig.head_dim, ceil_div(shape.seqlen_q, kConfig.tile_m)};
-  TileOrder const order = backward_order(kConfig, params, device);
-
-  flash::launch<preprocess_kernel<kConfig.dtype>>(
-      int64_t(batch_heads) * (params.softmax_d_rows / kRowsPerBlock), kSideThreads, 0, stream,
-      params, workspace, int(num_counters(kConfig, shape)));
-  flash::launch<backward_kernel<BackwardTraits<kConfig>>>(
-      int64_t(order.num_blocks) * order.num_batch_heads, kConfig.num_threads(),
-      kConfig.smem_bytes(), stream, params, order, workspace);
-  flash::launch<convert_dq_kernel<kConfig.dtype>>(
-      int64_t(batch_heads) * ceil_div(shape.seqlen_q, kRowsPerBlock), kSideThreads, 0, stream,
-      params, workspace);
+  char* const row_stats = static_cast<char*>(params.workspace) + dq_sums_bytes(kConfig, params);
+  char* const counters = row_stats + row_stats_bytes(params);
+  char* const list = counters + num_counters(kConfig, params) * int64_t(sizeof(int));
+  BackwardWorkspace const workspace{.dq = static_cast<float*>(params.workspace),
+                                    .row_stats = reinterpret_cast<RowStats*>(row_stats),
+                                    .counters = reinterpret_cast<int*>(counters),
+                                    .head_dim = kConfig.head_dim,
+                                    .tile_m = kConfig.tile_m,
+                                    .num_heads = params.shape.num_heads,
+                                    .rows = params.softmax_d_rows};
+  int64_t const row_blocks = num_rows(params) / kRowsPerBlock;
+  flash::launch<preprocess_kernel<kConfig.dtype>>(row_blocks, kSideThreads, 0, stream, params,
+                                                  workspace, int(num_counters(kConfig, params)));
+  LaunchedTiles const tiles = backward_tiles(kConfig, params, list, device, stream);
+  flash::launch<backward_kernel<BackwardTraits<kConfig>>>(tiles.num_blocks, kConfig.num_threads(),
+                                                          kConfig.smem_bytes(), stream, params,
+                                                          tiles.source, workspace);
+  flash::launch<convert_dq_kernel<kConfig.dtype>>(row_blocks, kSideThreads, 0, stream, params,
+                                                  workspace);
 }
 
 template <int kHeadDim>

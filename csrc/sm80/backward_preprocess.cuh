@@ -10,22 +10,18 @@ constexpr int kRowsPerBlock = 16;  // query rows of a thread block: one row of d
 constexpr int kSideThreads = 128;
 
 /// softmax_d = rowsum(dout * out) - dlse, row statistics for the main kernel, and clears the dq
-/// sums and counters. One thread block per 16 rows of one (batch, head), eight lanes a row; rows
-/// past seqlen_q get softmax_d 0.
+/// sums and counters. One thread block per 16 rows of one head, eight lanes a row; rows that belong
+/// to no sequence get softmax_d 0.
 template <DType kDType>
 __global__ void __launch_bounds__(kSideThreads)
     preprocess_kernel(__grid_constant__ BackwardParams const params,
                       __grid_constant__ BackwardWorkspace const workspace, int num_counters) {
-  Shape const& shape = params.shape;
-  int const rows = softmax_d_rows(shape.seqlen_q);
-  int const blocks_per_head = rows / kRowsPerBlock;
-  int const batch_head = blockIdx.x / blocks_per_head, block = blockIdx.x % blocks_per_head;
-  int const batch = batch_head / shape.num_heads, head = batch_head % shape.num_heads;
-  int const row = block * kRowsPerBlock + threadIdx.x / 8;
-
-  RowStatistics const statistics = row_statistics<kDType>(params, batch, head, row);
+  RowBlock const block = row_block(params, blockIdx.x, kRowsPerBlock);
+  int const row = threadIdx.x / 8;
+  RowStatistics const statistics =
+      row_statistics<kDType>(params, block.sequence, block.head, block.row + row);
   if (threadIdx.x % 8 == 0) {
-    int64_t const idx = int64_t(batch_head) * rows + row;
+    int64_t const idx = int64_t(blockIdx.x) * kRowsPerBlock + row;
     params.softmax_d[idx] = statistics.softmax_d;
     workspace.row_stats[idx] = {statistics.lse * kLog2E, -statistics.softmax_d};
   }
@@ -42,23 +38,26 @@ __global__ void __launch_bounds__(kSideThreads)
 }
 
 /// dq = softmax_scale * sums, from accumulator fragments to rows. One thread block per 16 rows of
-/// one (batch, head); a thread takes the eight columns of one piece in the rows g and g + 8, which
-/// the four lanes 4 g ... 4 g + 3 hold.
+/// one head; a thread takes the eight columns of one piece in the rows g and g + 8, which the four
+/// lanes 4 g ... 4 g + 3 hold.
 template <DType kDType>
 __global__ void __launch_bounds__(kSideThreads)
     convert_dq_kernel(__grid_constant__ BackwardParams const params,
                       __grid_constant__ BackwardWorkspace const workspace) {
   Shape const& shape = params.shape;
-  int const blocks_per_head = ceil_div(shape.seqlen_q, kRowsPerBlock);
-  int const batch_head = blockIdx.x / blocks_per_head, block = blockIdx.x % blocks_per_head;
-  int const batch = batch_head / shape.num_heads, head = batch_head % shape.num_heads;
-  GlobalRows const dq(params.dq, batch, head, shape.seqlen_q, shape.head_dim);
-  DqSums const sums = workspace.dq_sums(shape, batch, head);
+  RowBlock const block = row_block(params, blockIdx.x, kRowsPerBlock);
+  Sequence const& sequence = block.sequence;
+  if (block.row >= sequence.seqlen_q) {
+    return;
+  }
+  GlobalRows const dq(params.dq, sequence.entry_q, block.head, sequence.first_q, sequence.seqlen_q,
+                      shape.head_dim);
+  DqSums const sums = workspace.dq_sums(int64_t(blockIdx.x) * kRowsPerBlock);
   int const num_pieces = shape.head_dim / 8;
   for (int idx = threadIdx.x; idx < num_pieces * 8; idx += kSideThreads) {
     int const d = idx % num_pieces, g = idx / num_pieces;
     float quad[4][4];
-    DqSums::load_quad(sums.piece(block, d), g, quad);
+    DqSums::load_quad(sums.piece(0, d), g, quad);
     uint32_t pairs[2][4];
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
@@ -70,8 +69,8 @@ __global__ void __launch_bounds__(kSideThreads)
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int const row = block * kRowsPerBlock + half * 8 + g;
-      if (row < shape.seqlen_q) {
+      int const row = block.row + half * 8 + g;
+      if (row < sequence.seqlen_q) {
         *reinterpret_cast<uint4*>(dq.ptr + row * dq.row_bytes + d * 16) = {
             pairs[half][0], pairs[half][1], pairs[half][2], pairs[half][3]};
       }

@@ -60,27 +60,23 @@ struct alignas(8) RowStats {
   float minus_d;   // -softmax_d
 };
 
-/// Layout of BackwardParams::workspace. The preprocess kernel writes or clears all of it.
+/// Layout of BackwardParams::workspace. The preprocess kernel writes or clears all of it. `row` is
+/// where a sequence begins among the softmax_d_rows of an (entry, head).
 struct BackwardWorkspace {
-  float* dq;            // [batch, heads, softmax_d_rows(seqlen_q), head_dim of the kernel]
-  RowStats* row_stats;  // [batch, heads, softmax_d_rows(seqlen_q)]
-  int* counters;  // [1 + batch * heads * query tiles]: the ticket counter, then one turn a query
-                  // tile
-  int head_dim;   // of the kernel
-  int m_blocks;   // query tiles of a sequence
+  float* dq;             // [entries, heads, softmax_d_rows, head_dim of the kernel]
+  RowStats* row_stats;   // [entries, heads, softmax_d_rows]
+  int* counters;         // the ticket counter, then [entries, heads, softmax_d_rows / tile_m] turns
+  int head_dim, tile_m;  // of the kernel
+  int num_heads, rows;   // query heads, softmax_d_rows
 
-  __device__ __forceinline__ DqSums dq_sums(Shape const& shape, int batch, int head) const {
-    int64_t const rows = softmax_d_rows(shape.seqlen_q);
-    return {dq + (int64_t(batch) * shape.num_heads + head) * rows * head_dim, head_dim / 8};
+  __device__ __forceinline__ int64_t first_row(int entry, int head, int row) const {
+    return (int64_t(entry) * num_heads + head) * rows + row;
   }
-
-  __device__ __forceinline__ RowStats* row_stats_of(Shape const& shape, int batch, int head) const {
-    int64_t const rows = softmax_d_rows(shape.seqlen_q);
-    return row_stats + (int64_t(batch) * shape.num_heads + head) * rows;
+  __device__ __forceinline__ DqSums dq_sums(int64_t first_row) const {
+    return {dq + first_row * head_dim, head_dim / 8};
   }
-
-  __device__ __forceinline__ int* turn(Shape const& shape, int batch, int head, int m_block) const {
-    return counters + 1 + (int64_t(batch) * shape.num_heads + head) * m_blocks + m_block;
+  __device__ __forceinline__ int* turn(int64_t first_row, int m_block) const {
+    return counters + 1 + first_row / tile_m + m_block;
   }
 
   /// The next tile index, the same for the whole thread block.

@@ -9,11 +9,11 @@
 #pragma once
 
 #include "arith/block_range.h"
-#include "arith/tile_order.h"
 #include "config/forward_config.h"
 #include "device/copy.cuh"
 #include "device/mma.cuh"
-#include "device/softmax.cuh"
+#include "device/score_options.cuh"
+#include "sm80/tile_source.cuh"
 
 namespace flash::sm80 {
 
@@ -69,17 +69,37 @@ struct ForwardWarp {
   }
 };
 
+/// A query tile and its sequence.
+struct QueryTile {
+  int block, batch, head;
+  Sequence sequence;
+};
+
+__device__ __forceinline__ QueryTile query_tile(ForwardParams const& params,
+                                                TileSource const& source, int idx) {
+  Shape const& shape = params.shape;
+  Tile const tile = source.tile(idx, shape.num_heads);
+  int const batch = tile.batch_head / shape.num_heads;
+  return {tile.block, batch, tile.batch_head % shape.num_heads,
+          sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k)};
+}
+
 /// Normalises, and stores out through the warp's own rows of the query tile in shared memory.
 template <class Traits>
 __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
-                                           ForwardParams const& params, Tile const& tile) {
+                                           ForwardParams const& params, QueryTile const& tile) {
   using TileQ = typename Traits::TileQ;
   constexpr int kRowStep = ForwardWarp<Traits>::kRowStep;
   Shape const& shape = params.shape;
-  int const batch = tile.batch_head / shape.num_heads, head = tile.batch_head % shape.num_heads;
+  Sequence const& sequence = tile.sequence;
   int const first_row = tile.block * Traits::kConfig.tile_m;
-  GlobalRows const out(params.out, batch, head, shape.seqlen_q, shape.head_dim_v);
-  float* const softmax_lse = params.softmax_lse + int64_t(tile.batch_head) * shape.seqlen_q;
+  GlobalRows const out(params.out, sequence.entry_q, tile.head, sequence.first_q, sequence.seqlen_q,
+                       shape.head_dim_v);
+  float* const softmax_lse =
+      params.softmax_lse +
+      (int64_t(sequence.entry_q) * shape.num_heads + tile.head) * shape.seqlen_q + sequence.first_q;
+  float const* const sink = params.sink == nullptr ? nullptr : params.sink + tile.head;
+  float const max_scale = Traits::kConfig.extras ? 1.f : params.softmax_scale;
   int const thread_idx = fresh_thread_idx();
   int const warp_idx = thread_idx / 32, lane_idx = thread_idx % 32;
   FragmentWriter<TileQ> const writer(warp.smem, 16 * warp_idx, 0, thread_idx);
@@ -89,11 +109,11 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const row = piece_row + half * 8 + lane_idx / 4;
-      float const sum = quad_sum(warp.softmax.row_sum[m][half]);
-      float const scale = sum == 0.f ? 0.f : 1.f / sum;
-      if (lane_idx % 4 == 0 && first_row + row < shape.seqlen_q) {
-        float const lse = fmaf(warp.softmax.row_max[m][half], params.softmax_scale, logf(sum));
-        softmax_lse[first_row + row] = sum == 0.f ? kInfinity : lse;
+      RowEnd const end = row_end(warp.softmax.row_max[m][half] * max_scale,
+                                 quad_sum(warp.softmax.row_sum[m][half]), sink);
+      float const scale = Traits::kConfig.extras ? end.scale * params.dropout.scale : end.scale;
+      if (lane_idx % 4 == 0 && first_row + row < sequence.seqlen_q) {
+        softmax_lse[first_row + row] = end.lse;
       }
 #pragma unroll
       for (int d = 0; d < 2 * Traits::kPiecesD; ++d) {
@@ -114,7 +134,7 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
 template <class Traits>
 __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_sm)
     forward_kernel(__grid_constant__ ForwardParams const params,
-                   __grid_constant__ TileOrder const order) {
+                   __grid_constant__ TileSource const source) {
   using CopyQ = TileCopy<typename Traits::TileQ, Traits::kThreads>;
   using CopyK = TileCopy<typename Traits::TileK, Traits::kThreads>;
   constexpr ForwardConfig kConfig = Traits::kConfig;
@@ -122,15 +142,20 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   uint32_t const smem = smem_address(shared_memory);
 
   Shape const& shape = params.shape;
-  Tile const tile = order.tile(blockIdx.x);
-  int const batch = tile.batch_head / shape.num_heads, head = tile.batch_head % shape.num_heads;
-  int const head_k = head / shape.query_heads_per_key_head();
+  QueryTile const tile = query_tile(params, source, blockIdx.x);
+  if (tile.block < 0) {
+    return;
+  }
+  Sequence const& sequence = tile.sequence;
+  int const head_k = tile.head / shape.query_heads_per_key_head();
   int const first_row = tile.block * kConfig.tile_m;
-  TileGrid const grid{kConfig.tile_m, kConfig.tile_n, shape.seqlen_q, shape.seqlen_k, params.mask};
+  TileGrid const grid{kConfig.tile_m, kConfig.tile_n, sequence.seqlen_q, sequence.seqlen_k,
+                      params.mask};
   BlockRange const visible = n_block_range(grid, tile.block);
   BlockRange const full = full_n_block_range(grid, tile.block);
   auto const copy_tile = [&](Strided const& tensor, int cols, uint32_t smem_tile, int n_block) {
-    GlobalRows const rows(tensor, fresh(batch), fresh(head_k), shape.seqlen_k, cols);
+    GlobalRows const rows(tensor, fresh(sequence.entry_k), fresh(head_k), fresh(sequence.first_k),
+                          sequence.seqlen_k, cols);
     CopyK::load(smem + smem_tile, rows, n_block * kConfig.tile_n, fresh_thread_idx());
     cp_async_commit();
   };
@@ -144,7 +169,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
 
   ForwardWarp<Traits> warp(smem);
   if (visible.max > visible.min) {
-    GlobalRows const q(params.q, batch, head, shape.seqlen_q, shape.head_dim);
+    GlobalRows const q(params.q, sequence.entry_q, tile.head, sequence.first_q, sequence.seqlen_q,
+                       shape.head_dim);
     CopyQ::load(smem, q, first_row, fresh_thread_idx());
     copy_tile(params.k, shape.head_dim, Traits::kSmemK, visible.max - 1);
   }
@@ -160,22 +186,31 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     if constexpr (!kConfig.late_copy) {
       swap_k_for_v(n_block);
     }
-    if (n_block < full.min || n_block >= full.max) {
-      PiecePlacement const place{first_row + 16 * (fresh_thread_idx() / 32), warp.kRowStep,
-                                 n_block * kConfig.tile_n, 16};
-      apply_mask(acc_s, place, params.mask, shape.seqlen_q, shape.seqlen_k);
+    PiecePlacement const place{first_row + 16 * (fresh_thread_idx() / 32), warp.kRowStep,
+                               n_block * kConfig.tile_n, 16};
+    float scale_log2 = params.softmax_scale * kLog2E;
+    if constexpr (kConfig.extras) {
+      apply_options(
+          acc_s, place,
+          HeadScores(params.scores, params.softmax_scale, tile.batch, tile.head, sequence));
+      scale_log2 = kLog2E;
     }
-    float const scale_log2 = params.softmax_scale * kLog2E;
+    if (n_block < full.min || n_block >= full.max) {
+      apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
+    }
     warp.softmax.rescale(acc_s, warp.acc_o, scale_log2);
     Piece p[Traits::kPiecesM][Traits::kPiecesN];
     warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
+    if (kConfig.extras && params.dropout.rng_state != nullptr) {
+      drop(p, place, DropoutLane(params.dropout, tile.batch * shape.num_heads + tile.head));
+    }
     if constexpr (kConfig.late_copy) {
       swap_k_for_v(n_block);
     }
     warp.accumulate(p);
   }
 
-  store_tile(warp, params, order.tile(fresh(blockIdx.x)));
+  store_tile(warp, params, query_tile(params, source, fresh(blockIdx.x)));
 }
 
 }  // namespace flash::sm80

@@ -21,6 +21,28 @@ inline TileOrder forward_order(ForwardConfig const& config, ForwardParams const&
           causal};
 }
 
+/// Packed queries: the tiles are listed first, by a kernel that also clears what it won't write.
+inline LaunchedTiles forward_tiles(ForwardConfig const& config, ForwardParams const& params,
+                                   Device const& device, Stream stream) {
+  Shape const& shape = params.shape;
+  if (params.sequences.cu_seqlens_q == nullptr) {
+    TileOrder const order = forward_order(config, params, device);
+    return {{order, {}}, int64_t(order.num_blocks) * order.num_batch_heads};
+  }
+  PackedProblem const packed{.shape = shape,
+                             .sequences = params.sequences,
+                             .mask = params.mask,
+                             .padded = {{params.out, shape.num_heads, shape.head_dim_v, false}},
+                             .num_padded = 1,
+                             .softmax_lse = params.softmax_lse};
+  Tiling const tiling{.of_keys = false,
+                      .tile_rows = config.tile_m,
+                      .other_tile_rows = config.tile_n,
+                      .descending = params.mask.window_right >= 0};
+  TileList const list = list_tiles(packed, tiling, params.workspace, stream);
+  return {{{}, list}, max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m) * shape.num_heads};
+}
+
 template <int kHeadDim>
 bool ForwardUnit<kHeadDim>::launch(ForwardConfig const& config, ForwardParams const& params,
                                    Device const& device, Stream stream) {
@@ -28,10 +50,9 @@ bool ForwardUnit<kHeadDim>::launch(ForwardConfig const& config, ForwardParams co
     if (!(config == kRow)) {
       return false;
     }
-    TileOrder const order = forward_order(config, params, device);
+    LaunchedTiles const tiles = forward_tiles(config, params, device, stream);
     flash::launch<forward_kernel<ForwardTraits<kRow>>>(
-        int64_t(order.num_blocks) * order.num_batch_heads, kRow.num_threads(), kRow.smem_bytes(),
-        stream, params, order);
+        tiles.num_blocks, kRow.num_threads(), kRow.smem_bytes(), stream, params, tiles.source);
     return true;
   };
   return any_compiled_row<kForwardRows<DType::kBf16>, kHeadDim>(try_row) ||

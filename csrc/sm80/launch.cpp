@@ -1,6 +1,7 @@
 #include "sm80/launch.h"
 
 #include "config/compiled_rows.h"
+#include "device/tile_list.h"
 #include "sm80/unit.h"
 #include "sm80/workspace_size.h"
 
@@ -19,9 +20,17 @@ void backward(BackwardConfig const& config, BackwardParams const& params, Device
   });
 }
 
-std::size_t backward_workspace_bytes(BackwardConfig const& config, Shape const& shape) {
-  return std::size_t(dq_sums_bytes(config, shape) + row_stats_bytes(shape) +
-                     num_counters(config, shape) * int64_t(sizeof(int)));
+std::size_t forward_workspace_bytes(ForwardConfig const& config, ForwardParams const& params) {
+  Shape const& shape = params.shape;
+  return params.sequences.cu_seqlens_q == nullptr
+             ? 0
+             : tile_list_bytes(max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m));
+}
+
+std::size_t backward_workspace_bytes(BackwardConfig const& config, BackwardParams const& params) {
+  return std::size_t(dq_sums_bytes(config, params) + row_stats_bytes(params) +
+                     num_counters(config, params) * int64_t(sizeof(int))) +
+         tile_list_bytes(max_key_tiles(config, params));
 }
 
 }  // namespace flash::sm80

@@ -9,14 +9,18 @@
 
 namespace flash::sm80 {
 
+/// Bytes of ForwardParams::workspace: a list of the tiles of packed queries, else 0.
+std::size_t forward_workspace_bytes(ForwardConfig const& config, ForwardParams const& params);
+
 /// Launches the kernel of `config`, a compiled row of the table. Throws std::runtime_error with the
 /// CUDA error's text when a launch fails.
 void forward(ForwardConfig const& config, ForwardParams const& params, Device const& device,
              Stream stream);
 
 /// Bytes of BackwardParams::workspace: the fp32 dq sums (batch * heads * seqlen_q * head_dim,
-/// rounded up to tiles), two floats per query row and one counter per query tile.
-std::size_t backward_workspace_bytes(BackwardConfig const& config, Shape const& shape);
+/// rounded up to tiles), two floats per query row, one counter per query tile, and the list of the
+/// tiles of packed keys.
+std::size_t backward_workspace_bytes(BackwardConfig const& config, BackwardParams const& params);
 
 /// Gradients in three launches: softmax_d (and a cleared workspace), the main kernel, dq
 /// conversion.

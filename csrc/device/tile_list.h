@@ -1,0 +1,63 @@
+// Tiles of packed sequences, whose lengths only the device knows: a list of them, made on the
+// device.
+#pragma once
+
+#include <cstddef>
+
+#include "params.h"
+
+namespace flash {
+
+/// Tile `block` of the rows of sequence `batch`.
+struct ListedTile {
+  int block;
+  int batch;
+};
+
+/// In device memory. The tiles of a sequence follow each other, the longest sequences come first.
+struct TileList {
+  int const* num_tiles = nullptr;  // null: there is no list, tiles are those of a TileOrder
+  ListedTile const* tiles = nullptr;
+};
+
+/// Which rows tiles are cut from, and in which order those of a sequence are listed.
+struct Tiling {
+  bool of_keys;
+  int tile_rows;
+  int other_tile_rows;  // of the tiles that such a tile is paired with: its work is their number
+  bool descending;      // the last tile of a sequence first
+};
+
+/// Rows of a packed tensor of 16-bit elements that belong to no sequence get zeros.
+struct PaddedTensor {
+  Strided tensor;
+  int num_heads;
+  int num_cols;
+  bool of_keys;
+};
+
+/// What list_tiles() is given besides the tiling.
+struct PackedProblem {
+  Shape shape;
+  Sequences sequences;
+  Mask mask;
+  PaddedTensor padded[3];
+  int num_padded;
+  float* softmax_lse;  // rows without a sequence get +inf; null: left as it is
+};
+
+/// At most this many tiles of packed rows, whatever the lengths.
+FLASH_HD constexpr int64_t max_tiles(int rows, int batch_size, int tile_rows) {
+  return ceil_div(rows, tile_rows) + int64_t(batch_size);
+}
+
+/// Bytes of the memory that a list of so many tiles takes.
+inline std::size_t tile_list_bytes(int64_t num_tiles) {
+  return std::size_t(num_tiles + 1) * sizeof(ListedTile);
+}
+
+/// Launches one kernel that writes the list to `memory`, tile_list_bytes() of it, and clears rows
+/// without a sequence.
+TileList list_tiles(PackedProblem const& problem, Tiling const& tiling, void* memory, void* stream);
+
+}  // namespace flash
