@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -92,6 +95,15 @@ def test_private_functions_are_ops_of_the_same_arguments(name: str) -> None:
     written = [argument.name for argument in schema.arguments if argument.alias_info]
     assert written == (["dq", "dk", "dv"] if "backward" in name else [])
     assert len(schema.returns) == (1 if "backward" in name else 4)
+
+
+def test_both_names_are_installed(tmp_path: Path) -> None:
+    """top_level.txt is what Python 3.10 finds out from which distribution a name is."""
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    (names,) = tmp_path.glob("*.egg-info/top_level.txt")
+    assert names.read_text().split() == ["flash_attn", "flash_attn_2_cuda"]
 
 
 def made(device: str, *sizes: tuple[int, ...]) -> list[Tensor]:
