@@ -6,6 +6,7 @@ A call without any of them has no dictionary at all: the way through the code th
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -68,19 +69,27 @@ def _as_fp32(name: str, tensor: Any) -> Tensor:
     return tensor if tensor.dtype == torch.float32 else tensor.float()
 
 
+def _same_shape(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Size by size: `==` of tuples says no where torch.compile traces sizes that vary."""
+    if tensor.dim() != len(shape):
+        return False
+    return all([tensor.size(dim) == size for dim, size in enumerate(shape)])
+
+
 def check_vector(
     name: str,
     tensor: object,
-    layout: str,
-    shapes: tuple[tuple[int, ...], ...],
+    shapes: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Type, shape (one of several), dtype, device and contiguity of a small tensor."""
+    """Type, shape (one of several, by layout), dtype, device and contiguity of a small tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-    if tuple(tensor.shape) not in shapes:
-        _reject(name, f"shape {layout}", tuple(tensor.shape))
+    if not any([_same_shape(tensor, shape) for shape in shapes.values()]):
+        # Made here alone: torch.compile takes a size that becomes text for a constant.
+        expected = " or ".join([f"{layout} = {shape}" for layout, shape in shapes.items()])
+        _reject(name, f"shape {expected}", tuple(tensor.shape))
     if tensor.dtype != dtype:
         _reject(name, f"dtype {dtype}", tensor.dtype)
     if tensor.device != device:
@@ -98,11 +107,10 @@ def check_cu_seqlens(name: str, cu_seqlens: object, q: Tensor, batch: int | None
     """cu_seqlens of `batch` sequences, or of any number of them."""
     if not isinstance(cu_seqlens, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(cu_seqlens).__name__}")
-    layout = "(batch + 1,)" if batch is None else f"(batch + 1,) = ({batch + 1},)"
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() == 0:
-        _reject(name, f"shape {layout}", tuple(cu_seqlens.shape))
+        _reject(name, "shape (batch + 1,)", tuple(cu_seqlens.shape))
     shape = (cu_seqlens.numel() if batch is None else batch + 1,)
-    check_vector(name, cu_seqlens, layout, (shape,), torch.int32, q.device)
+    check_vector(name, cu_seqlens, {"(batch + 1,)": shape}, torch.int32, q.device)
 
 
 def check_extras(q: Tensor, extras: Extras) -> None:
@@ -115,18 +123,22 @@ def check_extras(q: Tensor, extras: Extras) -> None:
         check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, q, batch)
     for name in _PER_BATCH:
         if extras.get(name) is not None:
-            layout = f"(batch,) = ({batch},)"
-            check_vector(name, extras[name], layout, ((batch,),), torch.int32, q.device)
-    if extras.get("alibi_slopes") is not None:
-        layout = f"(heads,) = ({heads},) or (batch, heads) = ({batch}, {heads})"
-        shapes = ((heads,), (batch, heads))
-        slopes = extras["alibi_slopes"]
-        check_vector("alibi_slopes", slopes, layout, shapes, torch.float32, q.device)
-    if extras.get("sink") is not None:
-        layout = f"(heads,) = ({heads},)"
-        check_vector("sink", extras["sink"], layout, ((heads,),), torch.float32, q.device)
-    if extras.get("rng_state") is not None:
-        check_vector("rng_state", extras["rng_state"], "(2,)", ((2,),), torch.int64, q.device)
+            check_vector(name, extras[name], {"(batch,)": (batch,)}, torch.int32, q.device)
+    slopes, sink, rng_state = (extras.get(name) for name in ("alibi_slopes", "sink", "rng_state"))
+    if slopes is not None:
+        shapes = {"(heads,)": (heads,), "(batch, heads)": (batch, heads)}
+        check_vector("alibi_slopes", slopes, shapes, torch.float32, q.device)
+    if sink is not None:
+        check_vector("sink", sink, {"(heads,)": (heads,)}, torch.float32, q.device)
+    if rng_state is not None:
+        check_vector("rng_state", rng_state, {"(seed, offset)": (2,)}, torch.int64, q.device)
+
+
+def is_index(value: object) -> bool:
+    """An integer, of whatever library, but no bool. torch.compile traces the question."""
+    if isinstance(value, (int, torch.SymInt)):
+        return not isinstance(value, bool)
+    return hasattr(value, "__index__")
 
 
 def check_max_seqlen(name: str, max_seqlen: object) -> None:
@@ -135,7 +147,7 @@ def check_max_seqlen(name: str, max_seqlen: object) -> None:
         if max_seqlen.numel() != 1 or max_seqlen.is_floating_point() or max_seqlen.is_complex():
             got = f"a tensor of shape {tuple(max_seqlen.shape)} and dtype {max_seqlen.dtype}"
             _reject(name, "an integer", got)
-    elif isinstance(max_seqlen, bool) or not hasattr(max_seqlen, "__index__"):
+    elif not is_index(max_seqlen):
         raise TypeError(f"{name}: expected an integer, got {max_seqlen!r}")
-    elif not isinstance(max_seqlen, torch.SymInt) and max_seqlen.__index__() < 0:
+    elif isinstance(max_seqlen, int) and max_seqlen < 0:
         _reject(name, "an integer from 0 on", max_seqlen)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from flash_attn import paged, problem
 from flash_attn.autograd import forward_only
-from flash_attn.extras import Extras, check_extras, check_vector, make_extras
+from flash_attn.extras import Extras, check_extras, check_vector, is_index, make_extras
 from flash_attn.layers.rotary import apply_rotary_emb
 
 
@@ -184,23 +185,23 @@ def _check_rotary(
 
 def _check_per_batch(name: str, tensor: object, q: Tensor) -> None:
     if tensor is not None:
-        batch = q.size(0)
-        layout = f"(batch,) = ({batch},)"
-        check_vector(name, tensor, layout, ((batch,),), torch.int32, q.device)
+        check_vector(name, tensor, {"(batch,)": (q.size(0),)}, torch.int32, q.device)
 
 
 def _seqlens_of(cache_seqlens: Any, q: Tensor) -> int | Tensor | None:
     """cache_seqlens as an int or a checked tensor."""
-    if cache_seqlens is None or isinstance(cache_seqlens, torch.SymInt):
-        return cache_seqlens  # type: ignore[return-value]  # a SymInt does as an int
+    if cache_seqlens is None:
+        return None
     if isinstance(cache_seqlens, Tensor):
         _check_per_batch("cache_seqlens", cache_seqlens, q)
         return cache_seqlens
-    if isinstance(cache_seqlens, bool) or not hasattr(cache_seqlens, "__index__"):
-        raise TypeError(
-            f"cache_seqlens: expected an int or a torch.Tensor, got {type(cache_seqlens).__name__}"
-        )
-    return int(cache_seqlens.__index__())
+    if is_index(cache_seqlens):
+        # An int that torch.compile traces stays what it is.
+        is_int = isinstance(cache_seqlens, (int, torch.SymInt))
+        return cache_seqlens if is_int else operator.index(cache_seqlens)
+    raise TypeError(
+        f"cache_seqlens: expected an int or a torch.Tensor, got {type(cache_seqlens).__name__}"
+    )
 
 
 def _attention_arguments(

@@ -18,9 +18,9 @@ from flash_attn.problem import check_tensor
 def check_block_table(block_table: Any, q: Tensor, batch: int) -> None:
     if not isinstance(block_table, Tensor):
         raise TypeError(f"block_table: expected a torch.Tensor, got {type(block_table).__name__}")
-    layout = f"(batch, max_blocks) with batch = {batch}"
     shape = (batch, block_table.size(-1) if block_table.dim() else 0)
-    check_vector("block_table", block_table, layout, (shape,), torch.int32, q.device)
+    shapes = {"(batch, max_blocks)": shape}
+    check_vector("block_table", block_table, shapes, torch.int32, q.device)
 
 
 def check_pages(name: str, pages: Tensor) -> None:

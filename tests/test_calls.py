@@ -10,6 +10,7 @@ import pytest
 import torch
 from backends import on_devices, usual_dtype
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -106,6 +107,30 @@ def test_compiled_step_of_one_tensor_as_queries_keys_and_values() -> None:
     got = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
     (want,) = torch.autograd.grad(loss(x), x)
     torch.testing.assert_close(torch.autograd.grad(got, x)[0], want)
+
+
+@on_devices
+def test_compiled_once_for_all_lengths(device: str) -> None:
+    """And for any number of sequences, with max_seqlen as a tensor that no one reads."""
+    q, k, v = made(device, *[(60, 4, 16)] * 3)
+
+    def loss(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: Tensor) -> Tensor:
+        borders = (cu_seqlens, cu_seqlens, longest, longest)
+        slopes = torch.ones(4, device=device)
+        out = flash_attn_varlen_func(q, k, v, *borders, causal=True, alibi_slopes=slopes)
+        return out.float().square().sum()
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for lengths in ((20, 7), (31, 0, 9), (3, 1, 2, 40)):
+        cu_seqlens = borders(lengths, device)
+        parts = [t[: sum(lengths)] for t in (q, k, v)]
+        call = (*parts, cu_seqlens, cu_seqlens.diff().max())
+        torch.testing.assert_close(compiled(*call), loss(*call))
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts == [counts[0]] * 3
 
 
 @on_devices
@@ -359,7 +384,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"block_table": TABLE[:3], "k": torch.ones(3, 8, 2, 16), "v": torch.ones(3, 8, 2, 16)},
         ValueError,
-        r"block_table: expected shape \(batch, max_blocks\) with batch = 4, got \(3, 2\)",
+        r"block_table: expected shape \(batch, max_blocks\) = \(4, 2\), got \(3, 2\)",
     ),
 ]
 

@@ -9,6 +9,7 @@ import torch
 from backends import on_devices, usual_dtype
 from pairwise import pairwise
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from flash_attn import flash_attn_func, flash_attn_with_kvcache
 from flash_attn.reference import attention_reference
@@ -189,6 +190,25 @@ def test_compiled_step_equals_eager(chosen: dict[str, Any]) -> None:
         torch.testing.assert_close(got, want)
     for got, want in zip(compiled_caches[:2], caches[:2], strict=True):
         torch.testing.assert_close(got, want)
+
+
+def test_compiled_steps_of_growing_length_are_compiled_twice_at_most() -> None:
+    """With an int that changes from step to step."""
+    q, k, v = (torch.randn(2, 6, 2, 16) for _ in range(3))
+    k_cache, v_cache = torch.zeros(2, 2, 8, 2, 16)
+
+    def step(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
+        options = {"cache_seqlens": length, "causal": True}
+        return flash_attn_with_kvcache(q, k_cache, v_cache, k, v, **options)
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    want = flash_attn_func(q, k, v, causal=True)
+    for n in range(6):
+        out = compiled(*(t[:, n : n + 1].contiguous() for t in (q, k, v)), n)
+        torch.testing.assert_close(out[:, 0], want[:, n])
+    assert counter.frame_count <= 3
 
 
 @on_devices
