@@ -260,7 +260,7 @@ def attention(
     elif extras is None:
         out, softmax_lse = forward(*unpack(tensors), *arguments)
     else:
-        out, softmax_lse = ops.forward(*unpack(tensors), *arguments, **extras)
+        out, softmax_lse = forward(*unpack(tensors), *arguments, **extras)
     return out[..., :head_dim_v] if padded is not None else out, softmax_lse
 
 
