@@ -215,7 +215,7 @@ def _attention_arguments(
     elif cache.batch_idx is not None:
         extras["batch_idx_k"] = cache.batch_idx
     if isinstance(seqlens, Tensor):
-        extras["seqused_k"] = (seqlens + new).clamp(0, cache.capacity)
+        extras["seqused_k"] = seqlens + new  # the op takes no more than there are
     elif seqlens is not None and seqlens + new < cache.capacity:
         k, v = k[:, : seqlens + new], v[:, : seqlens + new]
     if leftpad is not None:

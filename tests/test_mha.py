@@ -142,6 +142,8 @@ def test_decoding_with_a_cache_gives_what_the_whole_does(
     x = torch.randn(2, 12, WIDTH, **kind)
     # Caches are larger than the batch, which begins at their second entry.
     params = InferenceParams(max_seqlen=12, max_batch_size=4, batch_size_offset=1)
+    cache = mha.allocate_inference_cache(4, 12).fill_(float("nan"))
+    params.key_value_memory_dict[3] = cache
     whole = mha(x, max_seqlen=12)
     bound = {"rtol": 1e-4, "atol": 1e-5} if device == "cpu" else {"rtol": 5e-2, "atol": 5e-2}
     with torch.no_grad():
@@ -149,7 +151,8 @@ def test_decoding_with_a_cache_gives_what_the_whole_does(
             params.seqlen_offset = start
             out = mha(x[:, start:end], inference_params=params)
             torch.testing.assert_close(out, whole[:, start:end], **bound)
-    assert params.key_value_memory_dict[3].shape[:2] == (4, 12)
+    assert params.key_value_memory_dict[3] is cache and cache.shape == (4, 12, 2, *cache.shape[3:])
+    assert cache[1:3].isfinite().all() and cache[0].isnan().all() and cache[3].isnan().all()
 
 
 @on_devices
