@@ -126,4 +126,10 @@ struct BackwardParams {
   }
 };
 
+/// Sequence `batch` of a forward or backward problem.
+template <class Params>
+FLASH_HD constexpr Sequence sequence_of(Params const& params, int batch) {
+  return sequence_of(params.sequences, batch, params.shape.seqlen_q, params.shape.seqlen_k);
+}
+
 }  // namespace flash

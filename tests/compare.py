@@ -111,11 +111,13 @@ def assert_bit_equal(got: Results, expected: Results) -> None:
         assert torch.equal(one, other), f"{name}: {(one != other).sum()} elements differ"
 
 
-def check_case(case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
+def check_case(
+    case: Case, dtype: torch.dtype, device: str = "cpu", deterministic: bool = False
+) -> None:
     """out, softmax_lse and the gradients through both."""
     inputs = make_inputs(case, dtype, device)
     dout, dlse = make_gradients(case, dtype, device)
-    got = flash_results(case, inputs, dout, dlse)
+    got = flash_results(case, inputs, dout, dlse, deterministic)
     check_results(case, inputs, dout, dlse, got)
 
 

@@ -34,6 +34,11 @@ class Setting:
     converters: int = 2
     stages: int = 2  # query tiles that are loaded ahead
 
+    @property
+    def ascending(self) -> bool:
+        """Items walk from the diagonal on, and a key head's last key tile is drawn first."""
+        return self.deterministic and self.window[1] >= 0
+
 
 class Model:
     def __init__(self, host: ModuleType, setting: Setting, seed: int) -> None:
@@ -48,8 +53,9 @@ class Model:
         self.tiles = setting.group_size * self.m_blocks
         sizes = (setting.key_heads, setting.section)
         # Rows of (block, key head).
-        self.items = host.TileOrder(len(self.m_ranges), *sizes, False).table().tolist()
-        self.order = host.TileOrder(self.tiles, *sizes, True).table().tolist()
+        ascending = setting.ascending
+        self.items = host.TileOrder(len(self.m_ranges), *sizes, ascending).table().tolist()
+        self.order = host.TileOrder(self.tiles, *sizes, not ascending).table().tolist()
         self.next_item = self.next_group = 0
         pairs = [(h, t) for h in range(setting.key_heads) for t in range(self.tiles)]
         self.contributed = dict.fromkeys(pairs, 0)
@@ -63,12 +69,14 @@ class Model:
         self.dq: dict[tuple[int, int, int], list[int]] = {}
 
     def expected(self, tile: int) -> list[int]:
-        return list(range(*self.n_ranges[tile % self.m_blocks]))
+        """The key tiles that see a query tile, in the order in which they are drawn."""
+        key_tiles = list(range(*self.n_ranges[tile % self.m_blocks]))
+        return key_tiles[::-1] if self.s.ascending else key_tiles
 
     def query_tiles(self, n_block: int) -> list[int]:
-        begin, end = self.m_ranges[n_block]
-        heads = reversed(range(self.s.group_size))
-        return [h * self.m_blocks + m for h in heads for m in reversed(range(begin, end))]
+        heads, tiles = range(self.s.group_size), range(*self.m_ranges[n_block])
+        in_order = [h * self.m_blocks + m for h in heads for m in tiles]
+        return in_order if self.s.ascending else in_order[::-1]
 
     def thread_block(self) -> list[Step]:
         """Its loader, sender and converters. Computing warpgroups pass loaded tiles on."""

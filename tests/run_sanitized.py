@@ -31,13 +31,14 @@ def run(
     window: tuple[int, int],
     heads: int,
     backward: bool,
+    deterministic: bool = False,
 ) -> None:
     """`heads` decides whether a thread block gets several tiles."""
     kind = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": backward}
     q = torch.randn(1, lengths[0], heads, head_dims[0], **kind)
     k = torch.randn(1, lengths[1], heads // 2, head_dims[0], **kind)
     v = torch.randn(1, lengths[1], heads // 2, head_dims[1], **kind)
-    out = flash_attn_func(q, k, v, window_size=window)
+    out = flash_attn_func(q, k, v, window_size=window, deterministic=deterministic)
     if backward:
         out.float().sum().backward()
     torch.cuda.synchronize()
@@ -53,9 +54,9 @@ def main() -> int:
                 print(f"sm{family} {head_dims} {lengths} {window}", flush=True)
     if not one_family:
         with ops.backward_sections(1):  # every wait of the sm90 backward for sums of dq
-            for head_dims, window in itertools.product(HEAD_DIMS, WINDOWS):
-                run(head_dims, (193, 300), window, heads=8, backward=True)
-                print(f"sm90, two slots: {head_dims} {window}", flush=True)
+            for head_dims, window, in_order in itertools.product(HEAD_DIMS, WINDOWS, (False, True)):
+                run(head_dims, (193, 300), window, 8, backward=True, deterministic=in_order)
+                print(f"sm90, few slots: {head_dims} {window} {in_order}", flush=True)
     return 0
 
 

@@ -25,7 +25,7 @@ def random_setting(draw: random.Random) -> Setting:
         window=draw.choice([(-1, -1), (-1, 0), (2, 1), (0, 0), (-1, 3), (4, -1)]),
         key_heads=key_heads,
         section=section,
-        slots=min(2 * section, key_heads),
+        slots=min(draw.randint(1, 3) * section, key_heads),
         deterministic=draw.random() < 0.5,
         blocks=draw.randint(1, 6),
         group_size=draw.randint(1, 2),

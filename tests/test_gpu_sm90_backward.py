@@ -1,5 +1,5 @@
 """The backward kernels of Hopper: each row of their table at the edges of its tiles, with as many
-slots for the sums of dq as usual and with two, many times over."""
+slots for the sums of dq as usual and with few, many times over."""
 
 from __future__ import annotations
 
@@ -21,22 +21,25 @@ pytestmark = [
 
 MOST = 2**31 - 1
 WINDOWS = [(-1, -1), (-1, 0), (30, 20), (-1, 50), (70, -1), (0, 0)]
-in_sections = pytest.mark.parametrize("section", [MOST, 1], ids=["usual_sections", "two_slots"])
+# Deterministic with a right bound, items walk the other way.
+WAYS = [(window, False) for window in WINDOWS] + [(w, True) for w in WINDOWS if w[1] >= 0]
+in_sections = pytest.mark.parametrize("section", [MOST, 1], ids=["usual_sections", "few_slots"])
 on_tiles = pytest.mark.parametrize(("head_dims", "tile"), SM90_BACKWARD_TILES, ids=str)
 
 
 @in_gpu_dtypes
 @in_sections
-@pytest.mark.parametrize("window", WINDOWS, ids=str)
+@pytest.mark.parametrize(("window", "deterministic"), WAYS, ids=str)
 @on_tiles
 def test_lengths_around_the_tiles(
     head_dims: tuple[int, int],
     tile: tuple[int, int],
     window: tuple[int, int],
+    deterministic: bool,
     section: int,
     dtype: torch.dtype,
 ) -> None:
-    """With two slots every wait for sums happens: a head's come after another's are converted."""
+    """With few slots every wait for sums happens: a head's come after another's are converted."""
     with ops.backward_sections(section):
         for seqlen_q, seqlen_k in itertools.product(around(tile[0]), around(tile[1])):
             case = Case(
@@ -49,7 +52,7 @@ def test_lengths_around_the_tiles(
                 head_dim_v=head_dims[1],
                 window=window,
             )
-            check_case(case, dtype, GPU)
+            check_case(case, dtype, GPU, deterministic)
 
 
 def rerun_case(head_dims: tuple[int, int], causal: bool) -> Case:

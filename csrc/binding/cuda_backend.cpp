@@ -48,12 +48,17 @@ std::tuple<Tensor, Tensor> forward_cuda(
     return {call.out, call.softmax_lse};
   }
   Stream const stream = current_stream(device_index);
-  if (auto const* const row = device.sm90_forward_config(call.dtype, call.params)) {
-    sm90::forward(*row, call.params, device.properties(), stream);
-  } else {
-    Workspace const workspace(q, sm80::forward_workspace_bytes(config, call.params));
+  auto const run = [&](std::size_t workspace_bytes, auto const& launch) {
+    Workspace const workspace(q, workspace_bytes);
     call.params.workspace = workspace.ptr;
-    sm80::forward(config, call.params, device.properties(), stream);
+    launch();
+  };
+  if (auto const* const row = device.sm90_forward_config(call.dtype, call.params)) {
+    run(sm90::forward_workspace_bytes(*row, call.params),
+        [&] { sm90::forward(*row, call.params, device.properties(), stream); });
+  } else {
+    run(sm80::forward_workspace_bytes(config, call.params),
+        [&] { sm80::forward(config, call.params, device.properties(), stream); });
   }
   return {call.out, call.softmax_lse};
 }

@@ -145,11 +145,10 @@ bool CudaDevice::uses_sm90() const {
 
 Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
                                                          ForwardParams const& params) const {
-  if (!uses_sm90() || params.has_extras() || !params.sequences.are_entries()) {
+  if (!uses_sm90() || params.has_extras()) {
     return nullptr;
   }
-  Sm90ForwardConfig const* const row =
-      select_sm90_forward(dtype, params.shape, params.mask, smem_bytes_);
+  Sm90ForwardConfig const* const row = select_sm90_forward(dtype, params, smem_bytes_);
   return row != nullptr && sm90::can_address(params, dtype) ? row : nullptr;
 }
 

@@ -111,13 +111,20 @@ std::vector<Sm90BackwardConfig> sm90_backward_rows() {
   return both(kSm90BackwardRows<DType::kBf16>, kSm90BackwardRows<DType::kFp16>);
 }
 
-Sm90ForwardConfig const* select_sm90_forward(DType dtype, Shape const& shape, Mask mask,
+Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& params,
                                              int smem_bytes) {
-  MaskClass const mask_class =
-      hides_any_key(mask, shape.seqlen_q, shape.seqlen_k) ? MaskClass::kBounded : MaskClass::kNone;
+  Shape const& shape = params.shape;
+  // Lengths that only the device knows: the mask may hide keys, and tiles suit their mean.
+  bool const is_bounded = params.sequences.are_entries()
+                              ? hides_any_key(params.mask, shape.seqlen_q, shape.seqlen_k)
+                              : params.mask.is_bounded();
+  int const seqlen_q = params.sequences.cu_seqlens_q == nullptr
+                           ? shape.seqlen_q
+                           : shape.seqlen_q / imax(shape.batch_size, 1);
+  MaskClass const mask_class = is_bounded ? MaskClass::kBounded : MaskClass::kNone;
   return first_sm90_row(kSm90ForwardRows<DType::kBf16>, kSm90ForwardRows<DType::kFp16>, dtype,
                         shape, smem_bytes, [&](Sm90ForwardConfig const& row) {
-                          return row.mask == mask_class && shape.seqlen_q <= row.max_seqlen_q;
+                          return row.mask == mask_class && seqlen_q <= row.max_seqlen_q;
                         });
 }
 

@@ -41,7 +41,7 @@ std::vector<Sm90ForwardConfig> sm90_forward_rows();
 
 /// The row of the sm90 family for the problem on a GPU of compute capability 9.0; null if none
 /// serves it. Whether the copy engine can address the tensors is not its matter.
-Sm90ForwardConfig const* select_sm90_forward(DType dtype, Shape const& shape, Mask mask,
+Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& params,
                                              int smem_bytes);
 
 /// The same for the backward.

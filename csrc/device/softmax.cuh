@@ -4,7 +4,7 @@
 #include "arith/mask_rule.h"
 #include "device/fresh.cuh"
 #include "device/mma.cuh"
-#include "device/quad.cuh"
+#include "device/row_end.cuh"
 
 namespace flash {
 
@@ -41,23 +41,6 @@ __device__ __forceinline__ void apply_mask(float (&scores)[kM][kN][4], PiecePlac
       }
     }
   }
-}
-
-/// How a row ends.
-struct RowEnd {
-  float scale;  // of the accumulated output
-  float lse;
-};
-
-/// From the row's maximum score, the sum of exp(score - maximum), and the head's sink or null.
-__device__ __forceinline__ RowEnd row_end(float max_score, float sum, float const* sink) {
-  if (sink == nullptr) {
-    return sum == 0.f ? RowEnd{0.f, kInfinity} : RowEnd{1.f / sum, max_score + logf(sum)};
-  }
-  float const shift = finite_or_zero(fmaxf(max_score, *sink));
-  float const factor = exp2_approx((max_score - shift) * kLog2E);
-  float const total = sum * factor + exp2_approx((*sink - shift) * kLog2E);
-  return total == 0.f ? RowEnd{0.f, kInfinity} : RowEnd{factor / total, shift + logf(total)};
 }
 
 /// Running maximum and sum of the rows of kM accumulator pieces. The sum is kept per lane and

@@ -20,9 +20,7 @@ __device__ __forceinline__ RowBlock row_block(BackwardParams const& params, int 
   int const blocks_per_head = params.softmax_d_rows / rows;
   int const entry_head = idx / blocks_per_head, row = idx % blocks_per_head * rows;
   int const head = entry_head % shape.num_heads;
-  auto const sequence = [&](int batch) {
-    return sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k);
-  };
+  auto const sequence = [&](int batch) { return sequence_of(params, batch); };
   if (params.sequences.cu_seqlens_q == nullptr) {
     return {head, row, sequence(entry_head / shape.num_heads)};
   }

@@ -18,8 +18,7 @@ struct SequenceTiles {
 
 __device__ __forceinline__ SequenceTiles tiles_of(PackedProblem const& problem,
                                                   Tiling const& tiling, int batch) {
-  Sequence const sequence =
-      sequence_of(problem.sequences, batch, problem.shape.seqlen_q, problem.shape.seqlen_k);
+  Sequence const sequence = sequence_of(problem, batch);
   int const rows = tiling.of_keys ? sequence.seqlen_k : sequence.seqlen_q;
   int const others = tiling.of_keys ? sequence.seqlen_q : sequence.seqlen_k;
   Mask const mask = tiling.of_keys ? transposed(problem.mask) : problem.mask;

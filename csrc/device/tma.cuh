@@ -1,5 +1,4 @@
-// Hopper's copy engine (TMA): boxes of a (batch, seqlen, heads, head_dim) tensor, and plain runs of
-// bytes.
+// Hopper's copy engine (TMA): boxes of a five-dimensional tensor, and plain runs of bytes.
 #pragma once
 
 #include <cuda.h>
@@ -12,14 +11,20 @@ __device__ __forceinline__ void prefetch_tensormap(CUtensorMap const& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-/// Starts the copy of the map's box at (col, row) of one head to shared memory; its bytes count
-/// towards the barrier's phase. What lies outside of the tensor becomes zero.
+/// Where a box begins.
+struct BoxOrigin {
+  int col, row, head, outer, wrap;
+};
+
+/// Starts the copy of the map's box at `origin` to shared memory; its bytes count towards the
+/// barrier's phase. What lies outside of the tensor becomes zero.
 __device__ __forceinline__ void tma_load(uint32_t smem_address, CUtensorMap const& map,
-                                         uint32_t barrier, int col, int row, int head, int batch) {
+                                         uint32_t barrier, BoxOrigin const& origin) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address),
-      "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(smem_address),
+      "l"(&map), "r"(barrier), "r"(origin.col), "r"(origin.row), "r"(origin.head),
+      "r"(origin.outer), "r"(origin.wrap)
       : "memory");
 }
 
@@ -31,31 +36,34 @@ __device__ __forceinline__ uint64_t evict_first() {
 }
 /// As tma_load(), with a policy for L2.
 __device__ __forceinline__ void tma_load(uint32_t smem_address, CUtensorMap const& map,
-                                         uint32_t barrier, int col, int row, int head, int batch,
+                                         uint32_t barrier, BoxOrigin const& origin,
                                          uint64_t l2_policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(smem_address),
-      "l"(&map), "r"(barrier), "r"(col), "r"(row), "r"(head), "r"(batch), "l"(l2_policy)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address),
+      "l"(&map), "r"(barrier), "r"(origin.col), "r"(origin.row), "r"(origin.head),
+      "r"(origin.outer), "r"(origin.wrap), "l"(l2_policy)
       : "memory");
 }
 
 /// Starts the copy of a box from shared memory; what lies outside of the tensor is not written.
-__device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_address, int col,
-                                          int row, int head, int batch) {
+__device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_address,
+                                          BoxOrigin const& origin) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-          &map),
-      "r"(smem_address), "r"(col), "r"(row), "r"(head), "r"(batch)
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5, %6}], "
+      "[%1];" ::"l"(&map),
+      "r"(smem_address), "r"(origin.col), "r"(origin.row), "r"(origin.head), "r"(origin.outer),
+      "r"(origin.wrap)
       : "memory");
 }
 /// As tma_store(), with a policy for L2.
-__device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_address, int col,
-                                          int row, int head, int batch, uint64_t l2_policy) {
+__device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_address,
+                                          BoxOrigin const& origin, uint64_t l2_policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint "
-      "[%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(&map),
-      "r"(smem_address), "r"(col), "r"(row), "r"(head), "r"(batch), "l"(l2_policy)
+      "cp.async.bulk.tensor.5d.global.shared::cta.bulk_group.L2::cache_hint "
+      "[%0, {%2, %3, %4, %5, %6}], [%1], %7;" ::"l"(&map),
+      "r"(smem_address), "r"(origin.col), "r"(origin.row), "r"(origin.head), "r"(origin.outer),
+      "r"(origin.wrap), "l"(l2_policy)
       : "memory");
 }
 

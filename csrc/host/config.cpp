@@ -76,7 +76,10 @@ void bind_sm90_forward(py::module_& module) {
                           .num_heads_k = 1,
                           .head_dim = head_dim,
                           .head_dim_v = head_dim_v};
-        return select_sm90_forward(dtype, shape, mask, smem_bytes);
+        ForwardParams params{};
+        params.shape = shape;
+        params.mask = mask;
+        return select_sm90_forward(dtype, params, smem_bytes);
       },
       py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("seqlen_q"),
       py::arg("seqlen_k"), py::arg("head_dim"), py::arg("head_dim_v"), py::arg("mask"),

@@ -118,7 +118,7 @@ __device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileSo
   Shape const& shape = params.shape;
   Tile const tile = source.tile(tile_idx, shape.num_heads_k);
   int const batch = tile.batch_head / shape.num_heads_k;
-  Sequence const sequence = sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k);
+  Sequence const sequence = sequence_of(params, batch);
   TileGrid const grid = tile_grid<Traits>(params, sequence);
   // Keys past the end have to be masked in every visit: exp(0 - lse) may be infinite.
   bool const ragged = (tile.block + 1) * Traits::kConfig.tile_n > sequence.seqlen_k;

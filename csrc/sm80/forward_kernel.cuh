@@ -80,8 +80,7 @@ __device__ __forceinline__ QueryTile query_tile(ForwardParams const& params,
   Shape const& shape = params.shape;
   Tile const tile = source.tile(idx, shape.num_heads);
   int const batch = tile.batch_head / shape.num_heads;
-  return {tile.block, batch, tile.batch_head % shape.num_heads,
-          sequence_of(params.sequences, batch, shape.seqlen_q, shape.seqlen_k)};
+  return {tile.block, batch, tile.batch_head % shape.num_heads, sequence_of(params, batch)};
 }
 
 /// Normalises, and stores out through the warp's own rows of the query tile in shared memory.

@@ -18,6 +18,10 @@ bool can_address(ForwardParams const&, DType) {
   return false;
 }
 
+std::size_t forward_workspace_bytes(Sm90ForwardConfig const&, ForwardParams const&) {
+  raise_absent();
+}
+
 void forward(Sm90ForwardConfig const&, ForwardParams const&, Device const&, Stream) {
   raise_absent();
 }

@@ -22,19 +22,30 @@ struct Views {
 Views views_of(BackwardParams const& params, DType dtype) {
   Shape const& s = params.shape;
   auto const of_queries = [&](Strided const& tensor, int head_dim) {
-    return TensorView{tensor, dtype, s.batch_size, s.seqlen_q, s.num_heads, head_dim};
+    return TensorView{tensor, dtype, true, s.batch_size, s.seqlen_q, s.num_heads, head_dim};
   };
   auto const of_keys = [&](Strided const& tensor, int head_dim) {
-    return TensorView{tensor, dtype, s.batch_size, s.seqlen_k, s.num_heads_k, head_dim};
+    return TensorView{tensor, dtype, true, s.batch_size, s.seqlen_k, s.num_heads_k, head_dim};
   };
   return {of_queries(params.q, s.head_dim), of_keys(params.k, s.head_dim),
           of_keys(params.v, s.head_dim_v),  of_queries(params.dout, s.head_dim_v),
           of_keys(params.dk, s.head_dim),   of_keys(params.dv, s.head_dim_v)};
 }
 
+/// Deterministic sums are added in the order in which items are drawn. With a right bound, items
+/// that start at their end of the diagonal, the last key tile first, find those before them ahead;
+/// from the last query tile back all would start together and wait for each other.
+bool is_ascending(BackwardParams const& params) {
+  return params.deterministic && params.mask.window_right >= 0;
+}
+
 /// A key head's section is over before its slot is needed again, which is what keeps the waits free
-/// of cycles: slots >= section.
-BackwardDivision divide(Sm90BackwardConfig const& config, Shape const& shape, int section) {
+/// of cycles: slots >= section. Ascending, a key head's last item is its longest, and only behind
+/// that one are its sums converted: a third section is under way meanwhile.
+BackwardDivision divide(Sm90BackwardConfig const& config, BackwardParams const& params,
+                        int section) {
+  Shape const& shape = params.shape;
+  bool const ascending = is_ascending(params);
   int const m_blocks = ceil_div(shape.seqlen_q, config.tile_m);
   int const n_blocks = ceil_div(shape.seqlen_k, config.tile_n);
   int const query_tiles = shape.query_heads_per_key_head() * m_blocks;
@@ -42,9 +53,10 @@ BackwardDivision divide(Sm90BackwardConfig const& config, Shape const& shape, in
   return {.m_blocks = m_blocks,
           .query_tiles = query_tiles,
           .key_heads = key_heads,
-          .slots = imin(2 * section, key_heads),
-          .items = {n_blocks, key_heads, section, false},
-          .tiles = {query_tiles, key_heads, section, true}};
+          .slots = imin((ascending ? 3 : 2) * section, key_heads),
+          .items = {n_blocks, key_heads, section, ascending},
+          .tiles = {query_tiles, key_heads, section, !ascending},
+          .step = ascending ? 1 : -1};
 }
 
 /// Tiles and counters are numbered by ints, 16 bytes of the sums by 32 bits.
@@ -61,8 +73,7 @@ bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
   Views const views = views_of(params, config.dtype);
   return is_addressable(views.q) && is_addressable(views.k) && is_addressable(views.v) &&
          is_addressable(views.dout) && is_addressable(views.dk) && is_addressable(views.dv) &&
-         can_number(config,
-                    divide(config, params.shape, backward_section(config, params.shape, device)));
+         can_number(config, divide(config, params, backward_section(config, params.shape, device)));
 }
 
 int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Device const& device) {
@@ -79,7 +90,7 @@ int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Devic
 
 std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, BackwardParams const& params,
                                      int section) {
-  BackwardDivision const division = divide(config, params.shape, section);
+  BackwardDivision const division = divide(config, params, section);
   return std::size_t(BackwardWorkspace::sums_bytes(config, division) +
                      BackwardWorkspace::lse_bytes(params) +
                      BackwardWorkspace::num_counters(division) * int64_t(sizeof(int)));
@@ -89,7 +100,7 @@ void backward(Sm90BackwardConfig const& config, BackwardParams const& params, in
               Device const& device, Stream stream) {
   make_context_current(device.index);
   Views const views = views_of(params, config.dtype);
-  BackwardDivision const division = divide(config, params.shape, section);
+  BackwardDivision const division = divide(config, params, section);
   char* const lse =
       static_cast<char*>(params.workspace) + BackwardWorkspace::sums_bytes(config, division);
   int* const counters = reinterpret_cast<int*>(lse + BackwardWorkspace::lse_bytes(params));

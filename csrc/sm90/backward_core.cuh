@@ -227,28 +227,27 @@ struct BackwardCore {
 
   /// Where a warpgroup is among the query tiles of an item, in the order of for_each_query_tile().
   struct Walk {
-    int m_min, m_max;
-    BlockRange full;  // tiles that need no element mask
-    int steps_left;   // with this one
+    int first, last, step;  // m_block of a query head's tiles
+    BlockRange full;        // tiles that need no element mask
+    int steps_left;         // with this one
     int m_block;
 
     __device__ __forceinline__ bool needs_mask() const {
       return m_block < full.min || m_block >= full.max;
     }
     __device__ __forceinline__ void advance() {
-      m_block = m_block == m_min ? m_max - 1 : m_block - 1;
+      m_block = m_block == last ? first : m_block + step;
       --steps_left;
     }
   };
   __device__ __forceinline__ Walk walk(WorkItem const& item, int key_begin) const {
     int const m_min = uniform(item.m_min), m_max = uniform(item.m_max);
     int const group_size = params.problem.shape.query_heads_per_key_head();
+    int const step = params.division.step;
+    int const first = step > 0 ? m_min : m_max - 1, last = step > 0 ? m_max - 1 : m_min;
     BlockRange const full = full_range(key_begin);
-    return {m_min,
-            m_max,
-            {uniform(full.min), uniform(full.max)},
-            group_size * (m_max - m_min),
-            m_max - 1};
+    return {first, last, step, {uniform(full.min), uniform(full.max)}, group_size * (m_max - m_min),
+            first};
   }
 };
 

@@ -50,12 +50,12 @@ struct BackwardSender {
     send(smem_address(shared.outbox[warpgroup]));
     commit(shared.outbox_empty[warpgroup]);
   }
-  /// Deterministic sums: key tiles add in their own order.
+  /// Deterministic sums: key tiles add in the order in which they were drawn. Mostly it is this
+  /// one's turn at the first look: a fence after that would cost as much again.
   __device__ __forceinline__ void wait_turn(int const* contributed, int turn) {
-    while (load_relaxed(contributed) < turn) {
+    while (load_acquire(contributed) < turn) {
       give_back();
     }
-    fence_gpu();
     fence_async_proxy_global();
   }
 
@@ -67,8 +67,10 @@ struct BackwardSender {
     uint64_t const once = evict_first();
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
-      tma_store(map, tile + block * Tile::kBlockBytes, first_col + block * Tile::kBlockCols,
-                item.n_block * Traits::kTileN + first_key, item.head_k, item.batch, once);
+      tma_store(map, tile + block * Tile::kBlockBytes,
+                {first_col + block * Tile::kBlockCols, item.n_block * Traits::kTileN + first_key,
+                 item.head_k, item.batch, 0},
+                once);
     }
   }
   __device__ __forceinline__ void send_gradients(WorkItem const& item, uint32_t phase) {
@@ -121,11 +123,13 @@ struct BackwardSender {
         add_release(contributed + query_tile, 1);
       }
     };
-    for_each_query_tile(item, shape.query_heads_per_key_head(), [&](int head, int m_block) {
+    int const group_size = shape.query_heads_per_key_head();
+    for_each_query_tile(item, group_size, division.step, [&](int head, int m_block) {
       int const query_tile = head * division.m_blocks + m_block;
       float* const tile_sums = sums + int64_t(query_tile) * (Traits::kDqBytes / 4);
       if (params.problem.deterministic) {
-        wait_turn(contributed + query_tile, item.n_block - n_block_range(grid, m_block).min);
+        wait_turn(contributed + query_tile,
+                  division.num_earlier(n_block_range(grid, m_block), item.n_block));
       }
 #pragma unroll 1
       for (int i = 0; i < Traits::kGroups; ++i) {  // in turns, the first of each warpgroup first
@@ -135,6 +139,12 @@ struct BackwardSender {
           bulk_reduce_add(tile_sums + group * (Traits::kGroupBytes / 4), outbox,
                           Traits::kGroupBytes);
         });
+        // Sooner where others wait for their turn: 0.73 to 0.88 of the default became 0.87 to 1.0.
+        if (i == 0 && params.problem.deterministic) {
+          tma_store_wait<1>();
+          announce(previous);
+          previous = -1;
+        }
       }
       tma_store_wait<Traits::kGroups>();
       announce(previous);

@@ -39,7 +39,7 @@ struct BackwardLoader {
 #pragma unroll
     for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
       tma_load(smem_address(tile) + block * Tile::kBlockBytes, map, barrier,
-               block * Tile::kBlockCols, row, head, batch, l2_policy...);
+               {block * Tile::kBlockCols, row, head, batch, 0}, l2_policy...);
     }
   }
   /// Copies a key tile, which no other thread block reads.
@@ -113,9 +113,10 @@ struct BackwardLoader {
     int const group_size = shape.query_heads_per_key_head();
     int const key_head = item.batch * shape.num_heads_k + item.head_k;
     bool is_first = true;
-    for_each_query_tile(item, group_size, [&](int head_in_group, int m_block) {
+    BackwardDivision const& division = params.division;
+    for_each_query_tile(item, group_size, division.step, [&](int head_in_group, int m_block) {
       int const head = item.head_k * group_size + head_in_group;
-      wait_for_slot(key_head, head_in_group * params.division.m_blocks + m_block);
+      wait_for_slot(key_head, head_in_group * division.m_blocks + m_block);
       load_q(head, item.batch, m_block);
       if (is_first) {
         load_v(item);

@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "arith/block_range.h"
 #include "arith/tile_order.h"
 #include "config/sm90_backward_config.h"
 
@@ -17,7 +18,14 @@ struct BackwardDivision {
   int slots;        // fp32 sums exist for this many key heads at a time: key head i uses i % slots
   TileOrder items;  // key tiles
   TileOrder tiles;  // query tiles, in the order in which they are converted
+  int step;         // 1: a key head's items are drawn from the last key tile to the first, and each
+                    // walks its query tiles from the first to the last; -1: both the other way
 
+  /// Items of the key head of item n_block that see the same query tile, whose key tiles are
+  /// `key_tiles`, and are drawn before it.
+  FLASH_HD constexpr int num_earlier(BlockRange key_tiles, int n_block) const {
+    return step > 0 ? key_tiles.max - 1 - n_block : n_block - key_tiles.min;
+  }
   FLASH_HD constexpr int64_t num_tiles() const { return int64_t(key_heads) * query_tiles; }
 };
 

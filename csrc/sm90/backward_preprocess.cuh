@@ -23,8 +23,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   int const blocks_per_head = rows / kRowsPerBlock;
   int const batch_head = blockIdx.x / blocks_per_head, block = blockIdx.x % blocks_per_head;
   int const row = block * kRowsPerBlock + threadIdx.x / 8;
-  Sequence const sequence =
-      sequence_of(params.sequences, batch_head / shape.num_heads, shape.seqlen_q, shape.seqlen_k);
+  Sequence const sequence = sequence_of(params, batch_head / shape.num_heads);
   RowStatistics const statistics =
       row_statistics<kDType>(params, sequence, batch_head % shape.num_heads, row);
   if (threadIdx.x % 8 == 0) {

@@ -92,14 +92,15 @@ __device__ __forceinline__ TileGrid tile_grid(BackwardParams const& problem, int
 }
 
 /// Calls visit(head_in_group, m_block) for the query tiles of `item` in the order in which every
-/// role walks them: the last first.
+/// role walks them.
 template <class Visit>
-__device__ __forceinline__ void for_each_query_tile(WorkItem const& item, int group_size,
+__device__ __forceinline__ void for_each_query_tile(WorkItem const& item, int group_size, int step,
                                                     Visit const& visit) {
 #pragma unroll 1
-  for (int head = group_size - 1; head >= 0; --head) {
+  for (int head = step > 0 ? 0 : group_size - 1; head >= 0 && head < group_size; head += step) {
 #pragma unroll 1
-    for (int m_block = item.m_max - 1; m_block >= item.m_min; --m_block) {
+    for (int m_block = step > 0 ? item.m_min : item.m_max - 1;
+         m_block >= item.m_min && m_block < item.m_max; m_block += step) {
       visit(head, m_block);
     }
   }

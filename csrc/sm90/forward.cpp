@@ -1,4 +1,5 @@
 #include "config/compiled_rows.h"
+#include "device/tile_list.h"
 #include "sm90/launch.h"
 #include "sm90/tensor_map.h"
 #include "sm90/tile_counter.h"
@@ -16,11 +17,26 @@ struct Views {
 };
 
 Views views_of(ForwardParams const& params, DType dtype) {
-  Shape const& s = params.shape;
-  return {{params.q, dtype, s.batch_size, s.seqlen_q, s.num_heads, s.head_dim},
-          {params.k, dtype, s.batch_size, s.seqlen_k, s.num_heads_k, s.head_dim},
-          {params.v, dtype, s.batch_size, s.seqlen_k, s.num_heads_k, s.head_dim_v},
-          {params.out, dtype, s.batch_size, s.seqlen_q, s.num_heads, s.head_dim_v}};
+  Shape const& shape = params.shape;
+  Sequences const& sequences = params.sequences;
+  auto const of_queries = [&](Strided const& tensor, int head_dim) {
+    return TensorView{tensor,
+                      dtype,
+                      sequences.cu_seqlens_q == nullptr,
+                      sequences.entries_q,
+                      shape.seqlen_q,
+                      shape.num_heads,
+                      head_dim};
+  };
+  bool const whole_keys = sequences.cu_seqlens_k == nullptr && sequences.seqused_k == nullptr &&
+                          sequences.leftpad_k == nullptr;
+  auto const of_keys = [&](Strided const& tensor, int head_dim) {
+    return TensorView{
+        tensor,  dtype, whole_keys, sequences.entries_k, shape.seqlen_k, shape.num_heads_k,
+        head_dim};
+  };
+  return {of_queries(params.q, shape.head_dim), of_keys(params.k, shape.head_dim),
+          of_keys(params.v, shape.head_dim_v), of_queries(params.out, shape.head_dim_v)};
 }
 
 /// Without a mask all tiles are equal, and those of one head follow each other. Bounded: the
@@ -42,6 +58,26 @@ TileOrder forward_order(Sm90ForwardConfig const& config, ForwardParams const& pa
   return order;
 }
 
+int64_t max_listed_tiles(Sm90ForwardConfig const& config, ForwardParams const& params) {
+  return max_tiles(params.shape.seqlen_q, params.shape.batch_size, config.tile_m);
+}
+
+/// Lists the tiles of packed queries, by a kernel that also clears rows without a sequence.
+TileList list_tiles(Sm90ForwardConfig const& config, ForwardParams const& params, Stream stream) {
+  Shape const& shape = params.shape;
+  PackedProblem const packed{.shape = shape,
+                             .sequences = params.sequences,
+                             .mask = params.mask,
+                             .padded = {{params.out, shape.num_heads, shape.head_dim_v, false}},
+                             .num_padded = 1,
+                             .softmax_lse = params.softmax_lse};
+  Tiling const tiling{.of_keys = false,
+                      .tile_rows = config.tile_m,
+                      .other_tile_rows = config.tile_n,
+                      .descending = params.mask.window_right >= 0};
+  return flash::list_tiles(packed, tiling, params.workspace, stream);
+}
+
 }  // namespace
 
 bool can_address(ForwardParams const& params, DType dtype) {
@@ -50,19 +86,34 @@ bool can_address(ForwardParams const& params, DType dtype) {
          is_addressable(views.out);
 }
 
+std::size_t forward_workspace_bytes(Sm90ForwardConfig const& config, ForwardParams const& params) {
+  return params.sequences.cu_seqlens_q == nullptr
+             ? 0
+             : tile_list_bytes(max_listed_tiles(config, params));
+}
+
 void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Device const& device,
              Stream stream) {
   make_context_current(device.index);
   Views const views = views_of(params, config.dtype);
+  bool const packed = params.sequences.cu_seqlens_q != nullptr;
   int const dim = config.head_dim, dim_v = config.head_dim_v;
-  ForwardKernelParams const kernel_params{.problem = params,
-                                          .q = make_tensor_map(views.q, 64, dim),
-                                          .k = make_tensor_map(views.k, config.tile_n, dim),
-                                          .v = make_tensor_map(views.v, config.tile_n, dim_v),
-                                          .out = make_tensor_map(views.out, 16, dim_v),
-                                          .order = forward_order(config, params, device),
-                                          .tile_counter = tile_counter(device.index, stream)};
-  int const num_blocks = imin(device.num_sms, kernel_params.order.num_tiles());
+  ForwardKernelParams const kernel_params{
+      .problem = params,
+      .q = make_tensor_map(views.q, 64, dim),
+      .k = make_tensor_map(views.k, config.tile_n, dim),
+      .v = make_tensor_map(views.v, config.tile_n, dim_v),
+      .out = make_tensor_map(views.out, 16, dim_v),
+      .q_rows = views.q.row_map(),
+      .k_rows = views.k.row_map(),
+      .v_rows = views.v.row_map(),
+      .out_rows = views.out.row_map(),
+      .order = forward_order(config, params, device),
+      .list = packed ? list_tiles(config, params, stream) : TileList{},
+      .tile_counter = tile_counter(device.index, stream)};
+  int64_t const num_tiles = packed ? max_listed_tiles(config, params) * params.shape.num_heads
+                                   : kernel_params.order.num_tiles();
+  int const num_blocks = int(num_tiles < device.num_sms ? num_tiles : device.num_sms);
   launch_in_unit(config, [&]<int kHeadDim>() {
     return ForwardUnit<kHeadDim>::launch(config, kernel_params, num_blocks, stream);
   });

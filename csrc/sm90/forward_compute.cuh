@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arith/block_range.h"
+#include "device/fresh.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "sm90/forward_params.h"
@@ -129,13 +130,18 @@ struct ForwardWarpgroup {
   __device__ __forceinline__ int first_row(WorkTile const& tile) const {
     return tile.m_block * Traits::kTileM + warpgroup_idx * 64 + warp_idx() * 16;
   }
+  /// Looked up where it is needed: there are no registers to keep it.
+  __device__ __forceinline__ Sequence sequence(WorkTile const& tile) const {
+    return sequence_of(params.problem, fresh(tile.batch));
+  }
   /// Key tiles that need no element mask in the rows of this warpgroup.
   __device__ __forceinline__ BlockRange full_range(WorkTile const& tile) const {
-    Shape const& shape = params.problem.shape;
+    Sequence const sequence = this->sequence(tile);
     if constexpr (kConfig.mask == MaskClass::kNone) {
-      return {0, shape.seqlen_k / Traits::kTileN};
+      return {0, sequence.seqlen_k / Traits::kTileN};
     } else {
-      TileGrid const grid{64, Traits::kTileN, shape.seqlen_q, shape.seqlen_k, params.problem.mask};
+      TileGrid const grid{64, Traits::kTileN, sequence.seqlen_q, sequence.seqlen_k,
+                          params.problem.mask};
       return full_n_block_range(grid, tile.m_block * kWarpgroups + warpgroup_idx);
     }
   }
@@ -143,14 +149,14 @@ struct ForwardWarpgroup {
     return n_block >= full.min && n_block < full.max;
   }
   __device__ __forceinline__ void mask(Scores& scores, WorkTile const& tile, int n_block) const {
-    Shape const& shape = params.problem.shape;
+    Sequence const sequence = this->sequence(tile);
     int const lane_col = n_block * Traits::kTileN + lane_idx() % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      KeyRange keys{0, shape.seqlen_k};
+      KeyRange keys{0, sequence.seqlen_k};
       if constexpr (kConfig.mask == MaskClass::kBounded) {
         keys = visible_keys(params.problem.mask, first_row(tile) + half * 8 + lane_idx() / 4,
-                            shape.seqlen_q, shape.seqlen_k);
+                            sequence.seqlen_q, sequence.seqlen_k);
       }
       mask_row(scores, half, keys.begin - lane_col, keys.end - lane_col);
     }
@@ -291,7 +297,7 @@ struct ForwardWarpgroup {
     has_output = 0;
   }
 
-  /// The first tile. There is one: no more thread blocks are launched than there are tiles.
+  /// The first tile. There is one, or the thread block would have ended.
   __device__ __forceinline__ WorkTile begin() {
     Scores scores;
     has_next_tile();
@@ -377,19 +383,26 @@ struct ForwardWarpgroup {
   /// Normalises, writes softmax_lse, and stores out without waiting for the store.
   __device__ __forceinline__ void store(WorkTile const& tile) {
     Shape const& shape = params.problem.shape;
+    Sequence const sequence = this->sequence(tile);
     int const row = first_row(tile);
-    float* const softmax_lse = params.problem.softmax_lse +
-                               (int64_t(tile.batch) * shape.num_heads + tile.head) * shape.seqlen_q;
+    float* const softmax_lse =
+        params.problem.softmax_lse +
+        (int64_t(sequence.entry_q) * shape.num_heads + tile.head) * shape.seqlen_q +
+        sequence.first_q;
+    float const* const sink =
+        params.problem.sink == nullptr ? nullptr : params.problem.sink + tile.head;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float const sum = quad_sum(softmax.row_sum[half]);
+      RowEnd const end = row_end(softmax.row_max[half] * params.problem.softmax_scale,
+                                 quad_sum(softmax.row_sum[half]), sink);
       int const lane_row = row + 8 * half + lane_idx() / 4;
-      if (lane_idx() % 4 == 0 && lane_row < shape.seqlen_q) {
-        float const lse = fmaf(softmax.row_max[half], params.problem.softmax_scale, __logf(sum));
-        softmax_lse[lane_row] = sum == 0.f ? kInfinity : lse;
+      if (lane_idx() % 4 == 0 && lane_row < sequence.seqlen_q) {
+        softmax_lse[lane_row] = end.lse;
       }
-      scale_row(acc_o, half, sum == 0.f ? 0.f : __fdividef(1.f, sum));
+      scale_row(acc_o, half, end.scale);
     }
+    RowOrigin const origin =
+        params.out_rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
     uint32_t const staged = acquire_out();
     int const tile_row = lane_idx() % 16, tile_chunk = lane_idx() / 16;  // that this lane addresses
     uint32_t const row_address = staged + tile_row * TileOut::kRowBytes;
@@ -407,8 +420,8 @@ struct ForwardWarpgroup {
     if (lane_idx() == 0) {
 #pragma unroll
       for (int col = 0; col < TileOut::kCols; col += TileOut::kBlockCols) {
-        tma_store(params.out, staged + col / TileOut::kBlockCols * TileOut::kBlockBytes, col, row,
-                  tile.head, tile.batch);
+        tma_store(params.out, staged + col / TileOut::kBlockCols * TileOut::kBlockBytes,
+                  {col, origin.row + row, tile.head, origin.outer, origin.wrap});
       }
       tma_store_commit();
     }

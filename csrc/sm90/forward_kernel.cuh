@@ -45,6 +45,12 @@ __global__ void __launch_bounds__(Traits::kConfig.num_threads(), 1)
   extern __shared__ __align__(1024) char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   int const warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (!is_listed(params, blockIdx.x)) {
+    if (threadIdx.x == 0) {
+      leave(params);
+    }
+    return;
+  }
   if (threadIdx.x == 0) {
     prefetch_tensormap(params.q);
     prefetch_tensormap(params.k);

@@ -9,49 +9,79 @@
 
 namespace flash::sm90 {
 
-/// Where tile number tile_idx lies. A tile list in device memory would be read here.
+/// False if the list of tiles ends before number tile_idx.
+__device__ __forceinline__ bool is_listed(ForwardKernelParams const& params, int tile_idx) {
+  return params.list.num_tiles == nullptr ||
+         tile_idx < *params.list.num_tiles * params.problem.shape.num_heads;
+}
+
+/// Where tile number tile_idx lies.
 template <class Traits>
 __device__ __forceinline__ WorkTile work_tile(ForwardKernelParams const& params, int tile_idx) {
-  if (tile_idx >= params.order.num_tiles()) {
-    return {-1, 0, 0, 0, 0};
+  int const num_heads = params.problem.shape.num_heads;
+  Tile tile;
+  if (params.list.num_tiles == nullptr) {
+    if (tile_idx >= params.order.num_tiles()) {
+      return {-1, 0, 0, 0, 0};
+    }
+    tile = params.order.tile(tile_idx);
+  } else {
+    if (!is_listed(params, tile_idx)) {
+      return {-1, 0, 0, 0, 0};
+    }
+    ListedTile const listed = params.list.tiles[tile_idx / num_heads];
+    tile = {listed.block, listed.batch * num_heads + tile_idx % num_heads};
   }
-  Shape const& shape = params.problem.shape;
-  Tile const tile = params.order.tile(tile_idx);
-  BlockRange range{0, ceil_div(shape.seqlen_k, Traits::kTileN)};
+  int const batch = tile.batch_head / num_heads;
+  Sequence const sequence = sequence_of(params.problem, batch);
+  BlockRange range{0, ceil_div(sequence.seqlen_k, Traits::kTileN)};
   if constexpr (Traits::kConfig.mask == MaskClass::kBounded) {
-    TileGrid const grid{Traits::kTileM, Traits::kTileN, shape.seqlen_q, shape.seqlen_k,
+    TileGrid const grid{Traits::kTileM, Traits::kTileN, sequence.seqlen_q, sequence.seqlen_k,
                         params.problem.mask};
     range = n_block_range(grid, tile.block);
   }
-  return {tile.block, tile.batch_head % shape.num_heads, tile.batch_head / shape.num_heads,
-          range.min, imax(range.max, range.min + 1)};
+  return {tile.block, tile.batch_head % num_heads, batch, range.min,
+          imax(range.max, range.min + 1)};
+}
+
+/// The last thread block leaves the counter as it found it.
+__device__ __forceinline__ void leave(ForwardKernelParams const& params) {
+  if (params.tile_counter != nullptr &&
+      atomicAdd(params.tile_counter + 1, 1) == int(gridDim.x) - 1) {
+    params.tile_counter[0] = 0;
+    params.tile_counter[1] = 0;
+  }
 }
 
 /// Copies a tile of the rows from first_row on into the next buffer, once that is empty.
 template <class Tile, int kStages>
 __device__ __forceinline__ void load_tile(CUtensorMap const& map, char* buffers, uint64_t* full,
                                           uint64_t* empty, Ring<kStages>& ring, int first_row,
-                                          int head, int batch) {
+                                          int head, RowOrigin const& origin) {
   mbarrier_wait(smem_address(empty + ring.stage), ring.phase ^ 1);
   uint32_t const barrier = smem_address(full + ring.stage);
   uint32_t const buffer = smem_address(buffers) + ring.stage * Tile::kBytes;
   mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
 #pragma unroll
   for (int col = 0; col < Tile::kCols; col += Tile::kBlockCols) {
-    tma_load(buffer + col / Tile::kBlockCols * Tile::kBlockBytes, map, barrier, col, first_row,
-             head, batch);
+    tma_load(buffer + col / Tile::kBlockCols * Tile::kBlockBytes, map, barrier,
+             {col, origin.row + first_row, head, origin.outer, origin.wrap});
   }
   ring.advance();
 }
 
 /// Copies the key tiles that `tile` sees, the last first.
 template <class Tile, int kStages>
-__device__ __forceinline__ void load_keys(CUtensorMap const& map, char* buffers, uint64_t* full,
+__device__ __forceinline__ void load_keys(ForwardParams const& problem, CUtensorMap const& map,
+                                          RowMap const& rows, char* buffers, uint64_t* full,
                                           uint64_t* empty, Ring<kStages>& ring,
-                                          WorkTile const& tile, int head_k) {
+                                          WorkTile const& tile) {
+  Sequence const sequence = sequence_of(problem, tile.batch);
+  RowOrigin const origin = rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
+  int const head_k = tile.head / problem.shape.query_heads_per_key_head();
 #pragma unroll 1
   for (int n_block = tile.n_max - 1; n_block >= tile.n_min; --n_block) {
-    load_tile<Tile>(map, buffers, full, empty, ring, n_block * Tile::kRows, head_k, tile.batch);
+    load_tile<Tile>(map, buffers, full, empty, ring, n_block * Tile::kRows, head_k, origin);
   }
 }
 
@@ -61,7 +91,6 @@ template <class Traits>
 __device__ __forceinline__ void load_k(ForwardKernelParams const& params,
                                        typename Traits::SharedStorage& shared) {
   constexpr Sm90ForwardConfig kConfig = Traits::kConfig;
-  int const group_size = params.problem.shape.query_heads_per_key_head();
   Ring<kConfig.kWorkStages> work;
   Ring<kConfig.k_stages> k;
   int tile_idx = blockIdx.x;
@@ -74,17 +103,12 @@ __device__ __forceinline__ void load_k(ForwardKernelParams const& params,
     if (tile.m_block < 0) {
       break;
     }
-    load_keys<typename Traits::TileK>(params.k, shared.k[0], shared.k_full, shared.k_empty, k, tile,
-                                      tile.head / group_size);
+    load_keys<typename Traits::TileK>(params.problem, params.k, params.k_rows, shared.k[0],
+                                      shared.k_full, shared.k_empty, k, tile);
     tile_idx = params.tile_counter == nullptr ? tile_idx + int(gridDim.x)
                                               : int(gridDim.x) + atomicAdd(params.tile_counter, 1);
   }
-  // The last thread block leaves the counter as it found it.
-  if (params.tile_counter != nullptr &&
-      atomicAdd(params.tile_counter + 1, 1) == int(gridDim.x) - 1) {
-    params.tile_counter[0] = 0;
-    params.tile_counter[1] = 0;
-  }
+  leave(params);
 }
 
 /// Calls load(tile) for every tile that load_k() hands out.
@@ -111,11 +135,13 @@ __device__ __forceinline__ void load_q(ForwardKernelParams const& params,
   constexpr Sm90ForwardConfig kConfig = Traits::kConfig;
   Ring<kConfig.q_stages> q;
   for_each_tile<Traits>(shared, [&](WorkTile const& tile) {
+    Sequence const sequence = sequence_of(params.problem, tile.batch);
+    RowOrigin const origin =
+        params.q_rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
 #pragma unroll 1
     for (int i = 0; i < Traits::kWarpgroups; ++i) {
       load_tile<typename Traits::TileQ>(params.q, shared.q[0], shared.q_full, shared.q_empty, q,
-                                        tile.m_block * Traits::kTileM + 64 * i, tile.head,
-                                        tile.batch);
+                                        tile.m_block * Traits::kTileM + 64 * i, tile.head, origin);
     }
   });
 }
@@ -124,11 +150,10 @@ template <class Traits>
 __device__ __forceinline__ void load_v(ForwardKernelParams const& params,
                                        typename Traits::SharedStorage& shared) {
   constexpr Sm90ForwardConfig kConfig = Traits::kConfig;
-  int const group_size = params.problem.shape.query_heads_per_key_head();
   Ring<kConfig.v_stages> v;
   for_each_tile<Traits>(shared, [&](WorkTile const& tile) {
-    load_keys<typename Traits::TileV>(params.v, shared.v[0], shared.v_full, shared.v_empty, v, tile,
-                                      tile.head / group_size);
+    load_keys<typename Traits::TileV>(params.problem, params.v, params.v_rows, shared.v[0],
+                                      shared.v_full, shared.v_empty, v, tile);
     if constexpr (Traits::kConfig.out_in_v) {
       // One empty buffer for each computing warpgroup's rows of out.
       for (int i = 0; i < Traits::kWarpgroups; ++i) {

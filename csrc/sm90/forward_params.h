@@ -4,7 +4,8 @@
 #include <cuda.h>
 
 #include "arith/tile_order.h"
-#include "params.h"
+#include "device/tile_list.h"
+#include "sm90/row_map.h"
 
 namespace flash::sm90 {
 
@@ -14,7 +15,9 @@ struct ForwardKernelParams {
   CUtensorMap q;     // boxes of 64 rows
   CUtensorMap k, v;  // boxes of tile_n rows
   CUtensorMap out;   // boxes of 16 rows
+  RowMap q_rows, k_rows, v_rows, out_rows;
   TileOrder order;
+  TileList list;      // of packed queries; then there is no order
   int* tile_counter;  // [2], zero between launches: tiles drawn, thread blocks done. Null: tiles
                       // are dealt out evenly instead of drawn
 };

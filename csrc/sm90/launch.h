@@ -13,6 +13,9 @@ namespace flash::sm90 {
 /// bytes, no stride of zero, none of 2^40 bytes and more, nothing empty.
 bool can_address(ForwardParams const& params, DType dtype);
 
+/// Bytes of ForwardParams::workspace: a list of the tiles of packed queries, else 0.
+std::size_t forward_workspace_bytes(Sm90ForwardConfig const& config, ForwardParams const& params);
+
 /// Launches the kernel of `config`, a compiled row of the table, for tensors that can be addressed.
 /// Throws std::runtime_error with the CUDA error's text when a launch fails.
 void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Device const& device,
@@ -25,9 +28,9 @@ bool can_address(Sm90BackwardConfig const& config, BackwardParams const& params,
 /// Key heads whose keys are worked on together, a section: as the next two are to agree on it.
 int backward_section(Sm90BackwardConfig const& config, Shape const& shape, Device const& device);
 
-/// Bytes of BackwardParams::workspace: fp32 dq sums of two sections (usually 8 MB each, of one key
-/// head where that is more, and never more than all of dq), a float per query row and two counters
-/// per query tile.
+/// Bytes of BackwardParams::workspace: fp32 dq sums of two or, deterministic with a right bound,
+/// three sections (usually 8 MB each, of one key head where that is more, and never more than all
+/// of dq), a float per query row and two counters per query tile.
 std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, BackwardParams const& params,
                                      int section);
 

@@ -1,7 +1,7 @@
 // Online softmax of the 16 rows of a warp, as one lane sees it: its two rows of an accumulator.
 #pragma once
 
-#include "device/quad.cuh"
+#include "device/row_end.cuh"
 
 namespace flash::sm90 {
 

@@ -4,18 +4,24 @@
 #include <cuda.h>
 
 #include "params.h"
+#include "sm90/row_map.h"
 
 namespace flash::sm90 {
 
-/// What of a (batch, seqlen, heads, head_dim) tensor the copy engine can address.
+/// An (entries, seqlen, heads, head_dim) tensor for the copy engine.
 struct TensorView {
   Strided tensor;
   DType dtype;
-  int batch_size, seqlen, num_heads, head_dim;
+  bool whole_entries;  // false: sequences are parts of entries
+  int entries, seqlen, num_heads, head_dim;
+
+  /// Of a tensor that is addressable.
+  RowMap row_map() const;
 };
 
 /// False where a base or stride is no multiple of 16 bytes, a stride is zero or too long, or the
-/// tensor is empty.
+/// tensor is empty; and where sequences are parts of entries and these don't begin whole rows
+/// apart.
 bool is_addressable(TensorView const& view);
 
 /// Makes a context of the device current in this thread, which make_tensor_map() asks for.

@@ -1,0 +1,25 @@
+// From a row's maximum and sum to its softmax_lse.
+#pragma once
+
+#include "device/quad.cuh"
+
+namespace flash {
+
+struct RowEnd {
+  float scale;  // of the output so far
+  float lse;
+};
+
+/// From the row's maximum score, the sum of exp(score - maximum), and the head's sink or null.
+__device__ __forceinline__ RowEnd row_end(float max_score, float sum, float const* sink) {
+  float shift = max_score, factor = 1.f, total = sum;
+  if (sink != nullptr) {
+    shift = finite_or_zero(fmaxf(max_score, *sink));
+    factor = exp2_approx((max_score - shift) * kLog2E);
+    total = fmaf(sum, factor, exp2_approx((*sink - shift) * kLog2E));
+  }
+  return total == 0.f ? RowEnd{0.f, kInfinity}
+                      : RowEnd{__fdividef(factor, total), shift + __logf(total)};
+}
+
+}  // namespace flash
