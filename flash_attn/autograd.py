@@ -1,4 +1,4 @@
-"""Differentiable attention over the ops: one Function for separate and packed tensors."""
+"""Differentiable attention over the ops: one Function for every layout and option."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from flash_attn import ops
+from flash_attn.extras import Extras
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIM_STEP = 8  # CUDA kernels read rows of whole 16-byte pieces
+
+# (softcap, dropout_p, names of the option tensors, which follow q, k and v): None without options.
+Options = tuple[float, float, tuple[str, ...]]
 
 
 def unpack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,14 +26,25 @@ def unpack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = tensors
     elif len(tensors) == 2:
         q = tensors[0]
-        k, v = tensors[1].unbind(2)
+        k, v = tensors[1].unbind(-3)
     else:
-        q, k, v = tensors[0].unbind(2)
+        q, k, v = tensors[0].unbind(-3)
     return q, k, v
 
 
+def _split(
+    tensors: tuple[Tensor, ...], options: Options
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The inputs of an Attention, and its options as keyword arguments of the forward op."""
+    softcap, dropout_p, names = options
+    count = len(tensors) - len(names)
+    extras = dict(zip(names, tensors[count:], strict=True))
+    return tensors[:count], {"softcap": softcap, "dropout_p": dropout_p, **extras}
+
+
 class Attention(torch.autograd.Function):
-    """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), all of them differentiable.
+    """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), all of them differentiable, and of the
+    tensors among the options, of which the sink is.
 
     Gradients have the packing of the inputs and are written there directly.
     """
@@ -41,12 +56,19 @@ class Attention(torch.autograd.Function):
         window_left: int,
         window_right: int,
         deterministic: bool,
+        options: Options | None,
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, softmax_lse = ops.forward(*unpack(tensors), softmax_scale, window_left, window_right)
+        if options is None:
+            qkv = unpack(tensors)
+            out, softmax_lse = ops.forward(*qkv, softmax_scale, window_left, window_right)
+        else:
+            inputs, extras = _split(tensors, options)
+            qkv = unpack(inputs)
+            out, softmax_lse = ops.forward(*qkv, softmax_scale, window_left, window_right, **extras)
         ctx.save_for_backward(*tensors, out, softmax_lse)
         ctx.set_materialize_grads(False)
-        ctx.options = (softmax_scale, window_left, window_right, deterministic)
+        ctx.call = ((softmax_scale, window_left, window_right, deterministic), options)
         return out, softmax_lse
 
     @staticmethod
@@ -57,21 +79,92 @@ class Attention(torch.autograd.Function):
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    *inputs, out, softmax_lse = ctx.saved_tensors
+    *saved, out, softmax_lse = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return (None,) * (4 + len(inputs))
+            return (None,) * (5 + len(saved))
         dout = torch.zeros_like(out)
-    tensors = tuple(inputs)
+    tensors = tuple(saved)
+    arguments, options = ctx.call
+    if options is not None:
+        extra_grads = _backward_with_options(ctx, tensors, out, softmax_lse, dout, dlse)
+        return (None, None, None, None, None, *extra_grads)
     grads = tuple([torch.empty_like(tensor) for tensor in tensors])
-    ops.backward(dout, *unpack(tensors), out, softmax_lse, dlse, *unpack(grads), *ctx.options)
-    return (None, None, None, None, *grads)
+    ops.backward(dout, *unpack(tensors), out, softmax_lse, dlse, *unpack(grads), *arguments)
+    return (None, None, None, None, None, *grads)
+
+
+def _backward_with_options(
+    ctx: Any,
+    tensors: tuple[Tensor, ...],
+    out: Tensor,
+    softmax_lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs and of the option tensors."""
+    arguments, options = ctx.call
+    inputs, extras = _split(tensors, options)
+    sink = extras.pop("sink", None)
+    grads = tuple([torch.empty_like(tensor) for tensor in inputs])
+    given = (dout, *unpack(inputs), out, softmax_lse, dlse, *unpack(grads))
+    softmax_d = ops.backward(*given, *arguments, **extras)
+    names = options[2]
+    option_grads: list[Tensor | None] = [None] * len(names)
+    if sink is not None and ctx.needs_input_grad[5 + len(inputs) + names.index("sink")]:
+        cu_seqlens_q = extras.get("cu_seqlens_q")
+        option_grads[names.index("sink")] = sink_gradient(
+            sink, softmax_lse, softmax_d, cu_seqlens_q
+        )
+    return (*grads, *option_grads)
 
 
 _backward_once = once_differentiable(_backward)
 
 # Function.apply without its check for torch.func transforms, which attention() has made already.
 _apply: Any = super(torch.autograd.Function, Attention).apply
+
+
+def _apply_traced(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Attention.apply for torch.compile, which does not trace one tensor as several arguments."""
+    distinct: list[Any] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor) and any([argument is other for other in distinct]):
+            argument = argument.view_as(argument)
+        distinct.append(argument)
+    results: tuple[Tensor, Tensor] = Attention.apply(*distinct)  # type: ignore[no-untyped-call]
+    return results
+
+
+def packed_softmax_d(softmax_d: Tensor, cu_seqlens_q: Tensor, total_q: int) -> Tensor:
+    """softmax_d of packed queries by rows of q, (heads, total_q); 0 outside of the sequences."""
+    padding = ops.ROW_PADDING
+    rows = torch.arange(total_q, device=softmax_d.device, dtype=torch.int64)
+    borders = cu_seqlens_q.to(torch.int64)
+    sequence = torch.searchsorted(borders, rows, right=True) - 1
+    in_one = (sequence >= 0) & (sequence < borders.numel() - 1)
+    sequence = torch.where(in_one, sequence, 0)
+    first = borders[sequence]
+    at = (first + padding * sequence) // padding * padding + rows - first
+    at = torch.where(in_one, at, 0).clamp(0, max(softmax_d.size(1) - 1, 0))
+    return torch.where(in_one, softmax_d[:, at], 0.0)
+
+
+def sink_gradient(
+    sink: Tensor, softmax_lse: Tensor, softmax_d: Tensor, cu_seqlens_q: Tensor | None
+) -> Tensor:
+    """(heads,): -sum over rows of exp(sink - softmax_lse) * softmax_d.
+
+    That is the softmax's own gradient, for a column whose value is zero. A sink of -inf is none.
+    """
+    if cu_seqlens_q is None:
+        weights = torch.exp(sink[:, None] - softmax_lse)
+        sums = (weights * softmax_d[..., : softmax_lse.size(2)]).sum(dim=(0, 2))
+    else:
+        by_row = packed_softmax_d(softmax_d, cu_seqlens_q, softmax_lse.size(1))
+        weights = torch.where(by_row == 0.0, 0.0, torch.exp(sink[:, None] - softmax_lse))
+        sums = (weights * by_row).sum(dim=1)
+    return torch.where(sink.isinf(), 0.0, -sums)
 
 
 def autocast_inputs(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -112,34 +205,86 @@ def _pad_columns(tensor: Tensor) -> Tensor:
     return pad(tensor, (0, padding)) if padding else tensor
 
 
+def fold_scale(
+    tensors: tuple[Tensor, ...], softmax_scale: float
+) -> tuple[tuple[Tensor, ...], float]:
+    """The same problem with a positive factor: the kernels scale the running maximum."""
+    if softmax_scale > 0.0:
+        return tensors, softmax_scale
+    q, k, v = unpack(tensors)
+    return (-q if softmax_scale < 0.0 else q * 0, k, v), -softmax_scale or 1.0
+
+
+def padded_on_cuda(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    """CUDA tensors with head dims that their backends take; None: they have them."""
+    if not ops.cuda_archs:
+        ops.raise_no_cuda_backend()
+    if tensors[0].size(-1) % _HEAD_DIM_STEP == 0 and tensors[-1].size(-1) % _HEAD_DIM_STEP == 0:
+        return None
+    return tuple([_pad_columns(tensor) for tensor in tensors])
+
+
 def attention(
     tensors: tuple[Tensor, ...],
     softmax_scale: float,
     window_left: int,
     window_right: int,
     deterministic: bool,
+    extras: Extras | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), which the compiled op checks."""
-    apply: Any = Attention.apply
+    """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), which the compiled op checks.
+
+    `extras` are keyword arguments of the ops: what extras.py makes, and of packed tensors their
+    cu_seqlens.
+    """
+    apply: Any = _apply_traced
     forward = ops.forward
     if not torch.compiler.is_compiling():
         _reject_transforms(tensors)
         apply, forward = _apply, ops.forward_eager
     if softmax_scale <= 0.0:
-        # The kernels scale the running maximum: that takes a positive factor. Fold the sign into q.
-        q, k, v = unpack(tensors)
-        tensors = (-q, k, v) if softmax_scale < 0.0 else (q * 0, k, v)
-        softmax_scale = -softmax_scale or 1.0
-    head_dim, head_dim_v = tensors[0].size(-1), tensors[-1].size(-1)
-    is_padded = False
-    if tensors[0].is_cuda:
-        if not ops.cuda_archs:
-            ops.raise_no_cuda_backend()
-        is_padded = head_dim % _HEAD_DIM_STEP != 0 or head_dim_v % _HEAD_DIM_STEP != 0
-    if is_padded:
-        tensors = tuple([_pad_columns(tensor) for tensor in tensors])
-    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
-        out, softmax_lse = apply(softmax_scale, window_left, window_right, deterministic, *tensors)
+        tensors, softmax_scale = fold_scale(tensors, softmax_scale)
+    head_dim_v = tensors[-1].size(-1)
+    padded = padded_on_cuda(tensors) if tensors[0].is_cuda else None
+    if padded is not None:
+        tensors = padded
+    arguments = (softmax_scale, window_left, window_right)
+    if torch.is_grad_enabled() and (
+        any([tensor.requires_grad for tensor in tensors])
+        or (extras is not None and _sink_requires_grad(extras))
+    ):
+        if extras is None:
+            out, softmax_lse = apply(*arguments, deterministic, None, *tensors)
+        else:
+            out, softmax_lse = apply(*arguments, deterministic, *_flat(tensors, extras))
+    elif extras is None:
+        out, softmax_lse = forward(*unpack(tensors), *arguments)
     else:
-        out, softmax_lse = forward(*unpack(tensors), softmax_scale, window_left, window_right)
-    return out[..., :head_dim_v] if is_padded else out, softmax_lse
+        out, softmax_lse = forward(*unpack(tensors), *arguments, **extras)
+    return out[..., :head_dim_v] if padded is not None else out, softmax_lse
+
+
+def forward_only(
+    tensors: tuple[Tensor, Tensor, Tensor],
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    extras: Extras,
+) -> tuple[Tensor, Tensor]:
+    """out and softmax_lse of q, k and v, without gradients, by every option of the forward op."""
+    folded, softmax_scale = fold_scale(tensors, softmax_scale)
+    padded = padded_on_cuda(folded) if folded[0].is_cuda else None
+    q, k, v = folded if padded is None else padded
+    out, softmax_lse = ops.forward(q, k, v, softmax_scale, window_left, window_right, **extras)
+    return out if padded is None else out[..., : tensors[2].size(-1)], softmax_lse
+
+
+def _sink_requires_grad(extras: Extras) -> bool:
+    return "sink" in extras and bool(extras["sink"].requires_grad)
+
+
+def _flat(tensors: tuple[Tensor, ...], extras: Extras) -> tuple[Any, ...]:
+    """Options and tensors of an Attention."""
+    numbers = (extras.get("softcap", 0.0), extras.get("dropout_p", 0.0))
+    names = tuple([name for name, value in extras.items() if isinstance(value, Tensor)])
+    return ((*numbers, names), *tensors, *[extras[name] for name in names])

@@ -2,43 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
+from flash_attn import positional as flash_attn_gpu
 from flash_attn import problem
-from flash_attn.autograd import attention, autocast_inputs
+from flash_attn.attend import Result, attend
+from flash_attn.autograd import autocast_inputs
+from flash_attn.extras import make_extras
+from flash_attn.function_classes import (
+    FlashAttnVarlenFunc,
+    FlashAttnVarlenKVPackedFunc,
+    FlashAttnVarlenQKVPackedFunc,
+    by_position,
+)
+from flash_attn.kvcache import flash_attn_with_kvcache
+from flash_attn.private_ops import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+    _flash_attn_varlen_forward,
+    _wrapped_flash_attn_backward,
+    _wrapped_flash_attn_forward,
+    _wrapped_flash_attn_varlen_backward,
+    _wrapped_flash_attn_varlen_forward,
+)
+from flash_attn.probabilities import round_multiple
+from flash_attn.varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
-Result = Tensor | tuple[Tensor, Tensor, Tensor]
+# With the names that other packages import from this module.
+__all__ = [
+    "USE_TRITON_ROCM",
+    "FlashAttnFunc",
+    "FlashAttnKVPackedFunc",
+    "FlashAttnQKVPackedFunc",
+    "FlashAttnVarlenFunc",
+    "FlashAttnVarlenKVPackedFunc",
+    "FlashAttnVarlenQKVPackedFunc",
+    "_flash_attn_backward",
+    "_flash_attn_forward",
+    "_flash_attn_varlen_backward",
+    "_flash_attn_varlen_forward",
+    "_get_block_size_n",
+    "_wrapped_flash_attn_backward",
+    "_wrapped_flash_attn_forward",
+    "_wrapped_flash_attn_varlen_backward",
+    "_wrapped_flash_attn_varlen_forward",
+    "flash_attn_func",
+    "flash_attn_gpu",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "maybe_contiguous",
+    "round_multiple",
+]
+
+USE_TRITON_ROCM = False
 
 
-def _attend(
-    check: Callable[..., None],
-    tensors: tuple[Tensor, ...],
-    softmax_scale: float | None,
-    causal: bool,
-    window_size: Sequence[SupportsIndex],
-    deterministic: bool,
-    return_attn_probs: bool,
-) -> Result:
-    """Attention of (q, k, v), (q, kv) or (qkv,); `check` says what is wrong with them.
+def maybe_contiguous(x: Tensor | None) -> Tensor | None:
+    """x, or a copy if its last dimension isn't contiguous."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
-    The op checks its arguments before it computes. `check` costs as much as the rest of this layer,
-    so it runs only where the op has refused them, and where torch.compile traces the call.
+
+def _get_block_size_n(
+    device: torch.device, head_dim: int, is_dropout: bool, is_causal: bool
+) -> int:
+    """Keys over which the probabilities of S_dmask have one largest score: more than any row has.
+
+    For tests that turn S_dmask into probabilities block by block.
     """
-    if torch.compiler.is_compiling():
-        check(*tensors)
-    left, right = problem.window_of(causal, window_size)
-    try:
-        scale = problem.scale_of(softmax_scale, tensors[0].size(-1))
-        out, softmax_lse = attention(tensors, scale, left, right, deterministic)
-    except Exception:
-        check(*tensors)
-        raise
-    # S_dmask shows which probabilities dropout kept: nothing without dropout.
-    return (out, softmax_lse, out.new_empty(0)) if return_attn_probs else out
+    return 1 << 30
 
 
 def flash_attn_func(
@@ -53,6 +97,10 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    sink: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    return_softmax_lse: bool = False,
 ) -> Result:
     """Exact attention: softmax(softmax_scale * q k^T, masked) v, without storing the score matrix.
 
@@ -70,7 +118,8 @@ def flash_attn_func(
                                              1 0
                                              1 1
 
-    A query that sees no key has output 0, softmax_lse +inf, and takes and gives no gradient.
+    A query that sees no key has output 0, softmax_lse +inf (with a sink: the sink), and takes and
+    gives no gradient.
 
     q, k and v are read where they are: any strides will do as long as the last dimension is
     contiguous. With fewer heads in k and v than in q (a divisor of them), query head h reads
@@ -87,24 +136,36 @@ def flash_attn_func(
         k: (batch, seqlen_k, heads_k, head_dim), dtype and device of q.
         v: (batch, seqlen_k, heads_k, head_dim_v), head_dim_v up to 256; the output has head_dim_v
             too.
-        dropout_p: only 0.0 is available.
+        dropout_p: probability from 0 to below 1 that an element of the softmax is dropped; the
+            others are scaled by 1 / (1 - dropout_p). Which ones follows from torch's generator of
+            q's device, so torch.manual_seed repeats them, and no backend chooses others. The
+            probability is realised in steps of 1/256: `flash_attn.dropout`.
         softmax_scale: factor of q k^T, by default 1 / sqrt(head_dim).
         causal: mask keys to the right of the diagonal.
         window_size: (left, right), how far a query sees to either side of the diagonal.
-        softcap: only 0.0 is available.
-        alibi_slopes: only None is available.
+        softcap: if above 0, scores become softcap * tanh(scores / softcap), before ALiBi.
+        alibi_slopes: (heads,) or (batch, heads), float32: the score of query i and key j is lowered
+            by slope * |i + seqlen_k - seqlen_q - j|. They get no gradient.
         deterministic: make the gradient of q bit-equal from run to run too, at some cost in speed
             and memory; all other results always are.
-        return_attn_probs: also return softmax_lse and S_dmask.
+        return_attn_probs: also return softmax_lse and S_dmask, for tests.
+        sink: (heads,), one more score for every row of a head, without a key: exp(sink) is added to
+            the softmax's denominator and to softmax_lse. Gets its gradient. Any floating dtype,
+            computed in float32.
+        s_aux: another name of sink.
+        return_softmax_lse: also return softmax_lse.
 
     Returns:
-        The output, (batch, seqlen_q, heads, head_dim_v); with return_attn_probs=True the tuple
-        of it, softmax_lse (batch, heads, seqlen_q), float32, the natural logarithm of the sum of
-        exp(scores), and S_dmask, an empty tensor as long as there is no dropout.
+        The output, (batch, seqlen_q, heads, head_dim_v). With return_softmax_lse=True, (output,
+        softmax_lse): (batch, heads, seqlen_q), float32, the natural logarithm of the sum of
+        exp(scores), from scaled, capped and biased scores. With return_attn_probs=True, (output,
+        softmax_lse, S_dmask): empty without dropout, otherwise (batch, heads, seqlen_q, seqlen_k),
+        lengths rounded up to multiples of 128, exp(score - largest score of the row), negative
+        where dropped, at the cost of the whole score matrix.
 
     Raises:
         ValueError, TypeError: an argument isn't as described above.
-        NotImplementedError: an option that isn't available.
+        NotImplementedError: a torch.func transform or forward-mode differentiation.
         RuntimeError: no compiled backend serves the call; the text says why and what to do.
 
     Example:
@@ -113,9 +174,10 @@ def flash_attn_func(
         >>> out = flash_attn_func(q, k, v, causal=True, window_size=(255, 0))
         >>> out.sum().backward()
     """
-    problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
+    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, q)
     options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
-    return _attend(problem.check_qkv, autocast_inputs((q, k, v)), *options)
+    tensors = autocast_inputs((q, k, v))
+    return attend(problem.check_qkv, tensors, *options, return_softmax_lse, extras)
 
 
 def flash_attn_kvpacked_func(
@@ -129,15 +191,20 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    sink: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    return_softmax_lse: bool = False,
 ) -> Result:
     """`flash_attn_func` with keys and values in one tensor.
 
     Args:
         kv: (batch, seqlen_k, 2, heads_k, head_dim); its gradient is one tensor too, without a copy.
     """
-    problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
+    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, q)
     options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
-    return _attend(problem.check_kvpacked, autocast_inputs((q, kv)), *options)
+    tensors = autocast_inputs((q, kv))
+    return attend(problem.check_kvpacked, tensors, *options, return_softmax_lse, extras)
 
 
 def flash_attn_qkvpacked_func(
@@ -150,12 +217,29 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    sink: Tensor | None = None,
+    s_aux: Tensor | None = None,
+    return_softmax_lse: bool = False,
 ) -> Result:
     """`flash_attn_func` with queries, keys and values in one tensor.
 
     Args:
         qkv: (batch, seqlen, 3, heads, head_dim); its gradient is one tensor too, without a copy.
     """
-    problem.reject_unsupported(dropout_p, softcap, alibi_slopes)
+    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, qkv)
     options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
-    return _attend(problem.check_qkvpacked, autocast_inputs((qkv,)), *options)
+    tensors = autocast_inputs((qkv,))
+    return attend(problem.check_qkvpacked, tensors, *options, return_softmax_lse, extras)
+
+
+class FlashAttnFunc:
+    apply = staticmethod(by_position(flash_attn_func, 3))
+
+
+class FlashAttnKVPackedFunc:
+    apply = staticmethod(by_position(flash_attn_kvpacked_func, 2))
+
+
+class FlashAttnQKVPackedFunc:
+    apply = staticmethod(by_position(flash_attn_qkvpacked_func, 1))

@@ -14,11 +14,13 @@ from typing import Any, NoReturn, TypedDict
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
+from flash_attn.extras import check_extras
 from flash_attn.problem import check_qkv
 
-_ROW_PADDING = 128  # rows of softmax_d are padded to a multiple of this
+ROW_PADDING = 128  # rows of softmax_d are padded to a multiple of this
 _INSTALL_CUDA = (
     'FLASH_ATTN_CUDA_ARCHS="80;90" pip install --no-build-isolation --force-reinstall --no-deps .'
 )
@@ -116,6 +118,19 @@ def raise_no_cuda_backend() -> NoReturn:
     )
 
 
+def softmax_d_shape(q: Tensor, cu_seqlens_q: Tensor | None) -> tuple[int, ...]:
+    """(batch, heads, seqlen_q), or (heads, total_q + 128 * batch) of packed queries, with the rows
+    rounded up to a multiple of 128.
+
+    Row i of packed sequence b is at (cu_seqlens_q[b] + 128 * b) // 128 * 128 + i.
+    """
+    if cu_seqlens_q is None:
+        batch_size, seqlen_q, heads, _ = q.shape
+        return batch_size, heads, -(-seqlen_q // ROW_PADDING) * ROW_PADDING
+    rows = q.size(0) + ROW_PADDING * (cu_seqlens_q.numel() - 1)
+    return q.size(1), -(-rows // ROW_PADDING) * ROW_PADDING
+
+
 def _forward_fake(
     q: Tensor,
     k: Tensor,
@@ -123,11 +138,19 @@ def _forward_fake(
     softmax_scale: float,
     window_left: int,
     window_right: int,
+    *,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    **tensors: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    check_qkv(q, k, v)
-    batch_size, seqlen_q, num_heads, _ = q.shape
-    softmax_lse = q.new_empty((batch_size, num_heads, seqlen_q), dtype=torch.float32)
-    return q.new_empty((batch_size, seqlen_q, num_heads, v.shape[3])), softmax_lse
+    is_packed = tensors.get("cu_seqlens_q") is not None
+    k_is_packed = tensors.get("cu_seqlens_k") is not None
+    any_batch = is_packed or tensors.get("batch_idx_k") is not None
+    check_qkv(q, k, v, is_packed, k_is_packed, any_batch)
+    check_extras(q, tensors)
+    lse_shape = (q.size(1), q.size(0)) if is_packed else (q.size(0), q.size(2), q.size(1))
+    softmax_lse = q.new_empty(lse_shape, dtype=torch.float32)
+    return q.new_empty((*q.shape[:-1], v.size(-1))), softmax_lse
 
 
 def _backward_fake(
@@ -145,36 +168,46 @@ def _backward_fake(
     window_left: int,
     window_right: int,
     deterministic: bool,
+    *,
+    cu_seqlens_q: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
-    batch_size, seqlen_q, num_heads, _ = q.shape
-    rows = (seqlen_q + _ROW_PADDING - 1) // _ROW_PADDING * _ROW_PADDING
-    return q.new_empty((batch_size, num_heads, rows), dtype=torch.float32)
+    return q.new_empty(softmax_d_shape(q, cu_seqlens_q), dtype=torch.float32)
 
 
-def _forward_flops(
-    q_shape: torch.Size, k_shape: torch.Size, v_shape: torch.Size, *args: Any, **kwargs: Any
-) -> int:
+def _lengths(tensor: Tensor, cu_seqlens: Tensor | None, batch_size: int) -> list[int]:
+    """Rows of every sequence; of packed ones without values, as if they were equally long."""
+    if cu_seqlens is None:
+        return [tensor.shape[1]] * batch_size
+    if cu_seqlens.is_meta or isinstance(cu_seqlens, FakeTensor):
+        return [tensor.shape[0] // max(batch_size, 1)] * batch_size
+    return cu_seqlens.diff().tolist()
+
+
+def _pairs(q: Tensor, k: Tensor, options: dict[str, Any]) -> int:
+    """Pairs of a query head's row and a key over the batch, counted without a mask."""
+    cu_seqlens_q, cu_seqlens_k = options.get("cu_seqlens_q"), options.get("cu_seqlens_k")
+    batch_size = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.numel() - 1
+    lengths_q = _lengths(q, cu_seqlens_q, batch_size)
+    lengths_k = _lengths(k, cu_seqlens_k, batch_size)
+    pairs = sum(rows * keys for rows, keys in zip(lengths_q, lengths_k, strict=True))
+    return int(q.shape[-2]) * pairs
+
+
+def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> int:
     """Two matrix products, counted without a mask, as torch counts its own attention."""
-    batch_size, seqlen_q, num_heads, head_dim = q_shape
-    return 2 * batch_size * num_heads * seqlen_q * k_shape[1] * (head_dim + v_shape[3])
+    return 2 * _pairs(q, k, options) * (q.shape[-1] + v.shape[-1])
 
 
 def _backward_flops(
-    dout_shape: torch.Size,
-    q_shape: torch.Size,
-    k_shape: torch.Size,
-    v_shape: torch.Size,
-    *args: Any,
-    **kwargs: Any,
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any
 ) -> int:
     """Five matrix products: the scores again, dq and dk; dP and dv."""
-    batch_size, seqlen_q, num_heads, head_dim = q_shape
-    width = 3 * head_dim + 2 * v_shape[3]
-    return 2 * batch_size * num_heads * seqlen_q * k_shape[1] * width
+    return 2 * _pairs(q, k, options) * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
 if load_error is None:
     torch.library.register_fake("flash_attn::forward")(_forward_fake)
     torch.library.register_fake("flash_attn::backward")(_backward_fake)
-    register_flop_formula(torch.ops.flash_attn.forward)(_forward_flops)
-    register_flop_formula(torch.ops.flash_attn.backward)(_backward_flops)
+    register_flop_formula(torch.ops.flash_attn.forward, get_raw=True)(_forward_flops)
+    register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)(_backward_flops)

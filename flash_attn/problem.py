@@ -16,6 +16,7 @@ from torch import Tensor
 
 MAX_HEAD_DIM = 256
 UNBOUNDED = (-1, -1)  # the default of window_size
+ANY_BATCH = -1  # a batch size that fits every other
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
@@ -70,54 +71,59 @@ def check_same_kind(name: str, tensor: Tensor, q: Tensor) -> None:
 
 def check_sizes(name: str, q: Sequence[int], batch_size: int, heads: int, head_dim: int) -> None:
     """Keys of the given sizes fit queries of shape q."""
-    if batch_size != q[0]:
+    if len(q) == 4 and batch_size not in (q[0], ANY_BATCH):
         _reject(name, f"the batch size of q ({q[0]})", batch_size)
-    if head_dim != q[3]:
-        _reject(name, f"the head_dim of q ({q[3]})", head_dim)
-    if heads == 0 or q[2] == 0 or q[2] % heads != 0:
-        _reject("q", f"a number of heads that is a multiple of the {heads} heads of {name}", q[2])
+    if head_dim != q[-1]:
+        _reject(name, f"the head_dim of q ({q[-1]})", head_dim)
+    if heads == 0 or q[-2] == 0 or q[-2] % heads != 0:
+        _reject("q", f"a number of heads that is a multiple of the {heads} heads of {name}", q[-2])
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
-    q_shape = check_tensor("q", q, "(batch, seqlen_q, heads, head_dim)", 4)
-    k_shape = check_tensor("k", k, "(batch, seqlen_k, heads_k, head_dim)", 4)
-    v_shape = check_tensor("v", v, "(batch, seqlen_k, heads_k, head_dim_v)", 4)
+def _layout(is_packed: bool, suffix: str, columns: str) -> tuple[str, int]:
+    rows = f"total_{suffix}" if is_packed else f"batch, seqlen_{suffix}"
+    return f"({rows}, {columns})", 1 + columns.count(",") + (1 if is_packed else 2)
+
+
+def check_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_is_packed: bool = False,
+    k_is_packed: bool = False,
+    any_batch: bool = False,
+) -> None:
+    """q, k and v of a call. `any_batch`: k and v may have another batch size than q."""
+    q_shape = check_tensor("q", q, *_layout(q_is_packed, "q", "heads, head_dim"))
+    k_shape = check_tensor("k", k, *_layout(k_is_packed, "k", "heads_k, head_dim"))
+    v_shape = check_tensor("v", v, *_layout(k_is_packed, "k", "heads_k, head_dim_v"))
     check_kind("q", q)
     check_same_kind("k", k, q)
     check_same_kind("v", v, q)
-    check_sizes("k", q_shape, k_shape[0], k_shape[2], k_shape[3])
-    if v_shape[:3] != k_shape[:3]:
+    batch_size = ANY_BATCH if any_batch or k_is_packed else k_shape[0]
+    check_sizes("k", q_shape, batch_size, k_shape[-2], k_shape[-1])
+    if v_shape[:-1] != k_shape[:-1]:
         expected = f"the shape of k {tuple(k_shape)}, head_dim apart"
         _reject("v", expected, tuple(v_shape))
 
 
-def check_kvpacked(q: Tensor, kv: Tensor) -> None:
-    q_shape = check_tensor("q", q, "(batch, seqlen_q, heads, head_dim)", 4)
-    kv_shape = check_tensor("kv", kv, "(batch, seqlen_k, 2, heads_k, head_dim)", 5)
+def check_kvpacked(q: Tensor, kv: Tensor, is_packed: bool = False) -> None:
+    layout, rank = _layout(is_packed, "k", "2, heads_k, head_dim")
+    q_shape = check_tensor("q", q, *_layout(is_packed, "q", "heads, head_dim"))
+    kv_shape = check_tensor("kv", kv, layout, rank)
     check_kind("q", q)
     check_same_kind("kv", kv, q)
-    if kv_shape[2] != 2:
-        _reject("kv", "shape (batch, seqlen_k, 2, heads_k, head_dim)", tuple(kv_shape))
-    check_sizes("kv", q_shape, kv_shape[0], kv_shape[3], kv_shape[4])
+    if kv_shape[-3] != 2:
+        _reject("kv", f"shape {layout}", tuple(kv_shape))
+    check_sizes("kv", q_shape, ANY_BATCH if is_packed else kv_shape[0], kv_shape[-2], kv_shape[-1])
 
 
-def check_qkvpacked(qkv: Tensor) -> None:
-    shape = check_tensor("qkv", qkv, "(batch, seqlen, 3, heads, head_dim)", 5)
+def check_qkvpacked(qkv: Tensor, is_packed: bool = False) -> None:
+    rows, rank = ("total", 4) if is_packed else ("batch, seqlen", 5)
+    layout = f"({rows}, 3, heads, head_dim)"
+    shape = check_tensor("qkv", qkv, layout, rank)
     check_kind("qkv", qkv)
-    if shape[2] != 3 or shape[3] == 0:
-        _reject("qkv", "shape (batch, seqlen, 3, heads, head_dim)", tuple(shape))
-
-
-def reject_unsupported(dropout_p: float, softcap: float, alibi_slopes: Tensor | None) -> None:
-    """Options of the signature that no backend has yet must not be ignored."""
-    if dropout_p != 0.0:
-        raise NotImplementedError(f"dropout_p: expected 0.0, got {dropout_p}: not available yet")
-    if softcap != 0.0:
-        raise NotImplementedError(f"softcap: expected 0.0, got {softcap}: not available yet")
-    if alibi_slopes is not None:
-        raise NotImplementedError(
-            f"alibi_slopes: expected None, got {type(alibi_slopes).__name__}: not available yet"
-        )
+    if shape[-3] != 3 or shape[-2] == 0:
+        _reject("qkv", f"shape {layout}", tuple(shape))
 
 
 def scale_of(softmax_scale: float | None, head_dim: int) -> float:
