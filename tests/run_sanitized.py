@@ -12,17 +12,19 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from flash_attn import flash_attn_func, ops
+from flash_attn import flash_attn_func, flash_attn_varlen_func, ops
 
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (40, 72))
 # Around tiles, several key tiles; long enough for the kernels with 192 rows a tile.
 LENGTHS = ((1, 1), (129, 127), (193, 300), (2305, 300))
 WINDOWS = ((-1, -1), (-1, 0), (50, 20))
+Options = dict[str, Any]
 
 
 def run(
@@ -44,6 +46,22 @@ def run(
     torch.cuda.synchronize()
 
 
+def run_packed(head_dims: tuple[int, int], window: tuple[int, int], options: Options) -> None:
+    """Sequences of all kinds of lengths, and rows that belong to none."""
+    lengths_q, lengths_k = (129, 0, 1, 300, 64), (200, 17, 0, 300, 1)
+    kind = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    q = torch.randn(sum(lengths_q) + 9, 2, head_dims[0], **kind)
+    k = torch.randn(sum(lengths_k) + 5, 1, head_dims[0], **kind)
+    v = torch.randn(sum(lengths_k) + 5, 1, head_dims[1], **kind)
+    cu_seqlens = [
+        torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+        for lengths in (lengths_q, lengths_k)
+    ]
+    out = flash_attn_varlen_func(q, k, v, *cu_seqlens, 300, 300, window_size=window, **options)
+    out.float().sum().backward()
+    torch.cuda.synchronize()
+
+
 def main() -> int:
     one_family = [int(argument) for argument in sys.argv[1:]]
     for family in one_family or (90, 80):
@@ -53,6 +71,15 @@ def main() -> int:
                 run(head_dims, lengths, window, heads, backward=not one_family)
                 print(f"sm{family} {head_dims} {lengths} {window}", flush=True)
     if not one_family:
+        slopes, sink = torch.tensor([0.1, 0.3]).cuda(), torch.tensor([0.5, -1.0]).cuda()
+        extras: Options = {"softcap": 5.0, "alibi_slopes": slopes, "dropout_p": 0.3, "sink": sink}
+        for family, head_dims, window in itertools.product((90, 80), HEAD_DIMS, WINDOWS):
+            with ops.newest_kernel_family(family):
+                run_packed(head_dims, window, {})
+                print(f"sm{family}, packed: {head_dims} {window}", flush=True)
+        for head_dims, window in itertools.product(HEAD_DIMS, WINDOWS):
+            run_packed(head_dims, window, extras)
+            print(f"extras, packed: {head_dims} {window}", flush=True)
         with ops.backward_sections(1):  # every wait of the sm90 backward for sums of dq
             for head_dims, window, in_order in itertools.product(HEAD_DIMS, WINDOWS, (False, True)):
                 run(head_dims, (193, 300), window, 8, backward=True, deterministic=in_order)

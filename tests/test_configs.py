@@ -37,9 +37,15 @@ def rows_of(host: ModuleType, which: str) -> Sequence[Any]:
 
 
 def select(
-    host: ModuleType, which: str, capability: int, dtype: str, head_dim: int, smem: int
+    host: ModuleType,
+    which: str,
+    capability: int,
+    dtype: str,
+    head_dim: int,
+    smem: int,
+    extras: bool = False,
 ) -> Any:
-    request = host.KernelRequest(capability, getattr(host.DType, dtype), head_dim, smem)
+    request = host.KernelRequest(capability, getattr(host.DType, dtype), head_dim, extras, smem)
     return (host.select_forward if which == "fwd" else host.select_backward)(request)
 
 
@@ -54,7 +60,7 @@ def test_rows_are_unique(host: ModuleType, which: str) -> None:
 def test_every_row_is_some_gpus_row(host: ModuleType, which: str) -> None:
     for row in rows_of(host, which):
         selected = [
-            select(host, which, capability, row.dtype.name, row.head_dim, smem).row
+            select(host, which, capability, row.dtype.name, row.head_dim, smem, row.extras).row
             for capability, smem in GPUS
         ]
         assert row in selected, f"{row.name}, tile {row.tile_m} x {row.tile_n}"
@@ -63,14 +69,15 @@ def test_every_row_is_some_gpus_row(host: ModuleType, which: str) -> None:
 @pytest.mark.parametrize("which", ["fwd", "bwd"])
 def test_a_row_name_tells_its_key(host: ModuleType, which: str) -> None:
     for row in rows_of(host, which):
-        assert row.name == f"{which}/sm{row.arch}/{row.head_dim}/{row.dtype.name}"
+        name = f"{which}/sm{row.arch}/{row.head_dim}/{row.dtype.name}"
+        assert row.name == name + "/extras" * row.extras
 
 
 @pytest.mark.parametrize("which", ["fwd", "bwd"])
 def test_both_dtypes_have_the_same_rows(host: ModuleType, which: str) -> None:
     shapes: dict[str, list[tuple[Any, ...]]] = {dtype: [] for dtype in DTYPES}
     for row in rows_of(host, which):
-        key = (row.arch, row.head_dim, row.tile_m, row.tile_n, row.num_warps, row.smem_bytes)
+        key = (row.arch, row.head_dim, row.extras, row.tile_m, row.tile_n, row.smem_bytes)
         shapes[row.dtype.name].append(key)
     assert shapes["bf16"] == shapes["fp16"] != []
 
@@ -78,18 +85,26 @@ def test_both_dtypes_have_the_same_rows(host: ModuleType, which: str) -> None:
 @pytest.mark.parametrize("which", ["fwd", "bwd"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize(
     ("capability", "smem"),
     GPUS,
 )
 def test_every_gpu_has_a_row_for_every_head_dim(
-    host: ModuleType, which: str, dtype: str, head_dim: int, capability: int, smem: int
+    host: ModuleType,
+    which: str,
+    dtype: str,
+    head_dim: int,
+    extras: bool,
+    capability: int,
+    smem: int,
 ) -> None:
-    selection = select(host, which, capability, dtype, head_dim, smem)
+    selection = select(host, which, capability, dtype, head_dim, smem, extras)
     assert selection.found, selection.why_not
     assert selection.why_not == ""
     assert selection.row.head_dim >= head_dim
     assert selection.row.dtype.name == dtype
+    assert selection.row.extras == extras
     assert selection.row.smem_bytes <= smem
     assert selection.row.arch <= capability
 
@@ -118,15 +133,16 @@ def test_the_first_row_that_fills_an_sm_is_selected(host: ModuleType, which: str
         for smem in range(64 * KIB, 256 * KIB, 8 * KIB):
             fit = [row for row in rows if row.smem_bytes <= smem]
             full = [row for row in fit if row.blocks_per_sm * (row.smem_bytes + KIB) <= smem + KIB]
-            got = select(host, which, rows[0].arch, rows[0].dtype.name, rows[0].head_dim, smem)
+            key = (rows[0].arch, rows[0].dtype.name, rows[0].head_dim)
+            got = select(host, which, *key, smem, rows[0].extras)
             if fit:
                 assert got.row == (full or fit)[0], (name, smem)
-    assert len({row.name for row in rows_of(host, which)}) == len(HEAD_DIMS) * len(DTYPES)
+    assert len({row.name for row in rows_of(host, which)}) == 2 * len(HEAD_DIMS) * len(DTYPES)
 
 
 @pytest.mark.parametrize("which", ["fwd", "bwd"])
 def test_a_refusal_names_every_row_and_its_reason(host: ModuleType, which: str) -> None:
-    rows = [row for row in rows_of(host, which) if row.dtype.name == "bf16"]
+    rows = [row for row in rows_of(host, which) if row.dtype.name == "bf16" and not row.extras]
 
     old_gpu = select(host, which, 75, "bf16", 64, SMEM_SM80)
     assert not old_gpu.found

@@ -8,12 +8,12 @@ namespace flash {
 /// Every pointer may be null: then sequence b is all rows of entry b of the batch dimension. The
 /// values lie on the device and are not known to the host.
 struct Sequences {
+  int entries_q, entries_k;     // sizes of the batch dimensions: 1 where packed
   int32_t const* cu_seqlens_q;  // [batch + 1]: q is packed, sequence b its rows [cu[b], cu[b + 1])
   int32_t const* cu_seqlens_k;  // [batch + 1]: the same of k and v
   int32_t const* seqused_k;     // [batch]: how many of a sequence's keys there are; cuts its end
   int32_t const* leftpad_k;     // [batch]: how many keys to leave out at its begin
   int32_t const* batch_idx_k;   // [batch]: the entry of k and v that holds the keys of sequence b
-  int entries_q, entries_k;     // sizes of the batch dimensions: 1 where packed
 
   /// True if every sequence is a whole entry.
   FLASH_HD constexpr bool are_entries() const {

@@ -181,12 +181,13 @@ Problem checked_problem(Tensor const& q, Tensor const& k, Tensor const& v,
         "q: expected total + 128 * batch up to ", kMaxSize, ", got ", q_sizes.rows + 128 * batch);
   return {{int(batch), int(q_sizes.rows), int(k_sizes.rows), int(q_sizes.heads), int(k_sizes.heads),
            int(q_sizes.cols), int(v_sizes.cols)},
-          {index_pointer("cu_seqlens_q", given.cu_seqlens_q, q, batch + 1),
-           index_pointer("cu_seqlens_k", given.cu_seqlens_k, q, batch + 1),
-           index_pointer("seqused_k", given.seqused_k, q, batch),
-           index_pointer("leftpad_k", given.leftpad_k, q, batch),
-           index_pointer("batch_idx_k", given.batch_idx_k, q, batch), int(q_sizes.entries),
-           int(k_sizes.entries)}};
+          {.entries_q = int(q_sizes.entries),
+           .entries_k = int(k_sizes.entries),
+           .cu_seqlens_q = index_pointer("cu_seqlens_q", given.cu_seqlens_q, q, batch + 1),
+           .cu_seqlens_k = index_pointer("cu_seqlens_k", given.cu_seqlens_k, q, batch + 1),
+           .seqused_k = index_pointer("seqused_k", given.seqused_k, q, batch),
+           .leftpad_k = index_pointer("leftpad_k", given.leftpad_k, q, batch),
+           .batch_idx_k = index_pointer("batch_idx_k", given.batch_idx_k, q, batch)}};
 }
 
 ScoreOptions checked_scores(double softcap, std::optional<Tensor> const& alibi_slopes,

@@ -157,7 +157,7 @@ Sm90BackwardConfig const* CudaDevice::sm90_backward_config(DType dtype,
   if (!uses_sm90() || params.has_extras()) {
     return nullptr;
   }
-  Sm90BackwardConfig const* const row = select_sm90_backward(dtype, params.shape, smem_bytes_);
+  Sm90BackwardConfig const* const row = select_sm90_backward(dtype, params, smem_bytes_);
   return row != nullptr && sm90::can_address(*row, params, properties_) ? row : nullptr;
 }
 

@@ -128,9 +128,14 @@ Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& p
                         });
 }
 
-Sm90BackwardConfig const* select_sm90_backward(DType dtype, Shape const& shape, int smem_bytes) {
+Sm90BackwardConfig const* select_sm90_backward(DType dtype, BackwardParams const& params,
+                                               int smem_bytes) {
+  Sequences const& sequences = params.sequences;
+  if ((sequences.cu_seqlens_q == nullptr) != (sequences.cu_seqlens_k == nullptr)) {
+    return nullptr;  // key heads are numbered by entries, of which queries and keys need as many
+  }
   return first_sm90_row(kSm90BackwardRows<DType::kBf16>, kSm90BackwardRows<DType::kFp16>, dtype,
-                        shape, smem_bytes, [](Sm90BackwardConfig const&) { return true; });
+                        params.shape, smem_bytes, [](Sm90BackwardConfig const&) { return true; });
 }
 
 }  // namespace flash

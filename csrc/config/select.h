@@ -46,6 +46,7 @@ Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& p
 
 /// The same for the backward.
 std::vector<Sm90BackwardConfig> sm90_backward_rows();
-Sm90BackwardConfig const* select_sm90_backward(DType dtype, Shape const& shape, int smem_bytes);
+Sm90BackwardConfig const* select_sm90_backward(DType dtype, BackwardParams const& params,
+                                               int smem_bytes);
 
 }  // namespace flash

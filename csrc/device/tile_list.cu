@@ -101,7 +101,7 @@ __device__ __forceinline__ void for_each_padding_row(int32_t const* cu_seqlens, 
 }
 
 /// A warp a row.
-__device__ void clear_padding(PackedProblem const& problem, int block_idx) {
+__device__ void clear_rows(PackedProblem const& problem, int block_idx) {
   int const warp = block_idx * (kThreads / 32) + threadIdx.x / 32, lane_idx = threadIdx.x % 32;
   int const num_warps = kClearingBlocks * (kThreads / 32);
   int const batch_size = problem.shape.batch_size;
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
     write_list(problem, request.tiling, static_cast<int*>(request.memory),
                static_cast<ListedTile*>(request.memory) + 1);
   } else {
-    clear_padding(problem, blockIdx.x - requests.count);
+    clear_rows(problem, blockIdx.x - requests.count);
   }
 }
 
@@ -166,6 +166,10 @@ TileList list_tiles(PackedProblem const& problem, ListRequest const& request, vo
 void list_tiles(PackedProblem const& problem, ListRequest const& first, ListRequest const& second,
                 void* stream) {
   launch_list_tiles(problem, {{first, second}, 2}, stream);
+}
+
+void clear_padding(PackedProblem const& problem, void* stream) {
+  launch_list_tiles(problem, {}, stream);
 }
 
 }  // namespace flash

@@ -91,5 +91,7 @@ struct ListRequest {
 TileList list_tiles(PackedProblem const& problem, ListRequest const& request, void* stream);
 void list_tiles(PackedProblem const& problem, ListRequest const& first, ListRequest const& second,
                 void* stream);
+/// Clears them alone.
+void clear_padding(PackedProblem const& problem, void* stream);
 
 }  // namespace flash

@@ -87,10 +87,13 @@ py::array_t<int> sequence_table(int batch_size, int rows_q, int rows_k, int entr
                                 Values const& cu_seqlens_q, Values const& cu_seqlens_k,
                                 Values const& seqused_k, Values const& leftpad_k,
                                 Values const& batch_idx_k) {
-  Sequences const sequences{data_of(cu_seqlens_q),       data_of(cu_seqlens_k),
-                            data_of(seqused_k),          data_of(leftpad_k),
-                            data_of(batch_idx_k),        cu_seqlens_q ? 1 : batch_size,
-                            cu_seqlens_k ? 1 : entries_k};
+  Sequences const sequences{.entries_q = cu_seqlens_q ? 1 : batch_size,
+                            .entries_k = cu_seqlens_k ? 1 : entries_k,
+                            .cu_seqlens_q = data_of(cu_seqlens_q),
+                            .cu_seqlens_k = data_of(cu_seqlens_k),
+                            .seqused_k = data_of(seqused_k),
+                            .leftpad_k = data_of(leftpad_k),
+                            .batch_idx_k = data_of(batch_idx_k)};
   py::array_t<int> table({batch_size, 7});
   auto view = table.mutable_unchecked<2>();
   for (int batch = 0; batch < batch_size; ++batch) {
@@ -112,8 +115,9 @@ py::array_t<int> sequence_table(int batch_size, int rows_q, int rows_k, int entr
 /// Rows of softmax_d with packed queries.
 int packed_softmax_d_rows(int batch_size, int rows_q) {
   int32_t const begins_at_0 = 0;
-  return softmax_d_rows({batch_size, rows_q, 0, 1, 1, 8, 8},
-                        {&begins_at_0, nullptr, nullptr, nullptr, nullptr, 1, 1});
+  Sequences sequences{};
+  sequences.cu_seqlens_q = &begins_at_0;
+  return softmax_d_rows({batch_size, rows_q, 0, 1, 1, 8, 8}, sequences);
 }
 
 }  // namespace

@@ -94,10 +94,10 @@ void bind_sm90_backward(py::module_& module) {
   module.def(
       "select_sm90_backward",
       [](DType dtype, int head_dim, int head_dim_v, int smem_bytes) {
-        Shape shape{};
-        shape.head_dim = head_dim;
-        shape.head_dim_v = head_dim_v;
-        return select_sm90_backward(dtype, shape, smem_bytes);
+        BackwardParams params{};
+        params.shape.head_dim = head_dim;
+        params.shape.head_dim_v = head_dim_v;
+        return select_sm90_backward(dtype, params, smem_bytes);
       },
       py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("head_dim"),
       py::arg("head_dim_v"), py::arg("smem_bytes"));

@@ -29,6 +29,9 @@ inline LaunchedTiles backward_tiles(BackwardConfig const& config, BackwardParams
                                     void* list_memory, Device const& device, Stream stream) {
   TileOrder const order = backward_order(config, params, device);
   if (params.sequences.cu_seqlens_k == nullptr) {
+    if (params.sequences.cu_seqlens_q != nullptr) {
+      clear_padding(packed_problem(params), stream);
+    }
     return {{order, {}}, int64_t(order.num_blocks) * order.num_batch_heads};
   }
   Tiling const tiling{.of_keys = true,

@@ -2,7 +2,6 @@
 #pragma once
 
 #include "arith/block_range.h"
-#include "device/fresh.cuh"
 #include "device/tma.cuh"
 #include "device/wgmma.cuh"
 #include "sm90/forward_params.h"
@@ -120,8 +119,9 @@ struct ForwardWarpgroup {
       mbarrier_arrive(smem_address(&shared.work_empty[work.stage]));
     }
     work.advance();
-    return {from_lane_0(tile.m_block), from_lane_0(tile.head), from_lane_0(tile.batch),
-            from_lane_0(tile.n_min), from_lane_0(tile.n_max)};
+    return {from_lane_0(tile.m_block), from_lane_0(tile.head),  from_lane_0(tile.batch),
+            from_lane_0(tile.n_min),   from_lane_0(tile.n_max), from_lane_0(tile.seqlen_q),
+            from_lane_0(tile.seqlen_k)};
   }
 
   // ---- Mask ----
@@ -130,18 +130,12 @@ struct ForwardWarpgroup {
   __device__ __forceinline__ int first_row(WorkTile const& tile) const {
     return tile.m_block * Traits::kTileM + warpgroup_idx * 64 + warp_idx() * 16;
   }
-  /// Looked up where it is needed: there are no registers to keep it.
-  __device__ __forceinline__ Sequence sequence(WorkTile const& tile) const {
-    return sequence_of(params.problem, fresh(tile.batch));
-  }
   /// Key tiles that need no element mask in the rows of this warpgroup.
   __device__ __forceinline__ BlockRange full_range(WorkTile const& tile) const {
-    Sequence const sequence = this->sequence(tile);
     if constexpr (kConfig.mask == MaskClass::kNone) {
-      return {0, sequence.seqlen_k / Traits::kTileN};
+      return {0, tile.seqlen_k / Traits::kTileN};
     } else {
-      TileGrid const grid{64, Traits::kTileN, sequence.seqlen_q, sequence.seqlen_k,
-                          params.problem.mask};
+      TileGrid const grid{64, Traits::kTileN, tile.seqlen_q, tile.seqlen_k, params.problem.mask};
       return full_n_block_range(grid, tile.m_block * kWarpgroups + warpgroup_idx);
     }
   }
@@ -149,14 +143,13 @@ struct ForwardWarpgroup {
     return n_block >= full.min && n_block < full.max;
   }
   __device__ __forceinline__ void mask(Scores& scores, WorkTile const& tile, int n_block) const {
-    Sequence const sequence = this->sequence(tile);
     int const lane_col = n_block * Traits::kTileN + lane_idx() % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      KeyRange keys{0, sequence.seqlen_k};
+      KeyRange keys{0, tile.seqlen_k};
       if constexpr (kConfig.mask == MaskClass::kBounded) {
         keys = visible_keys(params.problem.mask, first_row(tile) + half * 8 + lane_idx() / 4,
-                            sequence.seqlen_q, sequence.seqlen_k);
+                            tile.seqlen_q, tile.seqlen_k);
       }
       mask_row(scores, half, keys.begin - lane_col, keys.end - lane_col);
     }
@@ -383,7 +376,7 @@ struct ForwardWarpgroup {
   /// Normalises, writes softmax_lse, and stores out without waiting for the store.
   __device__ __forceinline__ void store(WorkTile const& tile) {
     Shape const& shape = params.problem.shape;
-    Sequence const sequence = this->sequence(tile);
+    Sequence const sequence = sequence_of(params.problem, tile.batch);
     int const row = first_row(tile);
     float* const softmax_lse =
         params.problem.softmax_lse +

@@ -15,7 +15,7 @@ __device__ __forceinline__ WorkTile work_tile(ForwardKernelParams const& params,
   int const num_heads = params.problem.shape.num_heads;
   Tile const tile = params.tiles.tile(tile_idx);
   if (tile.block < 0) {
-    return {-1, 0, 0, 0, 0};
+    return {-1, 0, 0, 0, 0, 0, 0};
   }
   int const batch = tile.batch_head / num_heads;
   Sequence const sequence = sequence_of(params.problem, batch);
@@ -25,8 +25,9 @@ __device__ __forceinline__ WorkTile work_tile(ForwardKernelParams const& params,
                         params.problem.mask};
     range = n_block_range(grid, tile.block);
   }
-  return {tile.block, tile.batch_head % num_heads, batch, range.min,
-          imax(range.max, range.min + 1)};
+  return {tile.block,       tile.batch_head % num_heads,    batch,
+          range.min,        imax(range.max, range.min + 1), sequence.seqlen_q,
+          sequence.seqlen_k};
 }
 
 /// The last thread block leaves the counter as it found it.

@@ -15,6 +15,7 @@ struct alignas(16) WorkTile {
   int m_block;  // negative: nothing is left
   int head, batch;
   int n_min, n_max;
+  int seqlen_q, seqlen_k;  // of the sequence
 };
 
 template <Sm90ForwardConfig kConfig_>
