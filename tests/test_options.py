@@ -66,6 +66,7 @@ PROBLEMS += [
     Problem("one_query", (1,), (140,), **EVERYTHING),
     # Where tanh is nearly its argument, and where it is nearly 1.
     Problem("softcap_high", softcap=50.0),
+    Problem("softcap_very_high", softcap=3000.0),
     Problem("softcap_low", softcap=0.2),
     Problem("softcap_of_large_scores", softcap=20.0, scale=20.0),
     Problem("alibi_of_heads", alibi="heads"),
