@@ -175,22 +175,23 @@ def select_sm90(
     head_dims: tuple[int, int] = (64, 64),
     window: tuple[int, int] = (-1, -1),
     smem: int = SMEM_SM90,
+    extras: bool = False,
 ) -> Any:
     return host.select_sm90_forward(
-        getattr(host.DType, dtype), seqlen, seqlen, *head_dims, host.Mask(*window), smem
+        getattr(host.DType, dtype), seqlen, seqlen, *head_dims, host.Mask(*window), smem, extras
     )
 
 
 def test_sm90_rows_are_unique_and_the_same_for_both_dtypes(host: ModuleType) -> None:
     rows = {dtype: [] for dtype in DTYPES}
     for row in host.sm90_forward_rows():
-        key = (row.head_dim, row.head_dim_v, row.mask, row.max_seqlen_q)
+        key = (row.head_dim, row.head_dim_v, row.mask, row.max_seqlen_q, row.extras)
         rows[row.dtype.name].append((*key, row.tile_m, row.tile_n, row.smem_bytes))
-        assert row.name == f"fwd/sm90/{row.head_dim}/{row.dtype.name}"
+        assert row.name == f"fwd/sm90/{row.head_dim}/{row.dtype.name}" + "/extras" * row.extras
         assert row.num_threads == 128 * (1 + row.tile_m // 64)
         assert 99 * KIB < row.smem_bytes <= SMEM_SM90
     assert rows["bf16"] == rows["fp16"]
-    assert len({row[:4] for row in rows["bf16"]}) == len(rows["bf16"])
+    assert len({row[:5] for row in rows["bf16"]}) == len(rows["bf16"])
     assert {row[:2] for row in rows["bf16"]} == SM90_HEAD_DIMS
 
 
@@ -200,7 +201,8 @@ def test_the_lengths_that_are_tested_reach_every_sm90_tile(
     host: ModuleType, head_dims: tuple[int, int], tile: tuple[int, int], window: tuple[int, int]
 ) -> None:
     """With query rows before, at and after a tile's edge."""
-    tiles = {((r.head_dim, r.head_dim_v), (r.tile_m, r.tile_n)) for r in host.sm90_forward_rows()}
+    plain = [row for row in host.sm90_forward_rows() if not row.extras]
+    tiles = {((r.head_dim, r.head_dim_v), (r.tile_m, r.tile_n)) for r in plain}
     assert tiles == set(SM90_TILES)
     for seqlen in sm90_lengths(tile)[0][1:4]:
         row = select_sm90(host, seqlen=seqlen, head_dims=head_dims, window=window)
@@ -214,6 +216,7 @@ def test_every_sm90_row_serves_something(host: ModuleType) -> None:
         seqlen = min(row.max_seqlen_q, 10**6)
         head_dims = (row.head_dim, row.head_dim_v)
         options = {"dtype": row.dtype.name, "head_dims": head_dims, "window": window}
+        options["extras"] = row.extras
         assert select_sm90(host, seqlen=seqlen, **options) == row
         longest = select_sm90(host, seqlen=2**30, **options)
         assert longest.max_seqlen_q == 2**31 - 1
@@ -232,6 +235,16 @@ def test_sm90_serves_every_pair_of_head_dims_with_the_smallest_kernel(
             assert row.mask == (
                 host.MaskClass.none if window == (-1, -1) else host.MaskClass.bounded
             )
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (7, 9)])
+def test_sm90_serves_extras_with_any_mask(host: ModuleType, window: tuple[int, int]) -> None:
+    for head_dim in range(8, 257, 8):
+        head_dims = (head_dim, head_dim)
+        row = select_sm90(host, head_dims=head_dims, window=window, extras=True)
+        plain = select_sm90(host, head_dims=head_dims, window=window)
+        assert row.extras and not plain.extras
+        assert (row.head_dim, row.head_dim_v) == (plain.head_dim, plain.head_dim_v)
 
 
 def test_sm90_takes_a_window_that_hides_nothing_for_none(host: ModuleType) -> None:
@@ -254,11 +267,11 @@ def test_sm90_backward_rows_are_unique_and_the_same_for_both_dtypes(host: Module
     rows = {dtype: [] for dtype in DTYPES}
     for row in host.sm90_backward_rows():
         key = ((row.head_dim, row.head_dim_v), (row.tile_m, row.tile_n))
-        rows[row.dtype.name].append((*key, row.num_threads, row.smem_bytes))
-        assert row.name == f"bwd/sm90/{row.head_dim}/{row.dtype.name}"
+        rows[row.dtype.name].append((*key, row.extras, row.num_threads, row.smem_bytes))
+        assert row.name == f"bwd/sm90/{row.head_dim}/{row.dtype.name}" + "/extras" * row.extras
         assert 99 * KIB < row.smem_bytes <= SMEM_SM90
     assert rows["bf16"] == rows["fp16"]
-    assert [row[:2] for row in rows["bf16"]] == SM90_BACKWARD_TILES
+    assert [row[:2] for row in rows["bf16"] if not row[2]] == SM90_BACKWARD_TILES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -273,6 +286,13 @@ def test_sm90_backward_serves_head_dims_with_the_smallest_kernel(
             row = host.select_sm90_backward(*args, SMEM_SM90)
             assert (row and (row.head_dim, row.head_dim_v)) == (min(fit) if fit else None)
             assert host.select_sm90_backward(*args, SMEM_SM80) is None
+            row = host.select_sm90_backward(*args, SMEM_SM90, extras=True)
+            with_extras = [
+                d for d in ((96, 96), (128, 128)) if d[0] >= head_dim and d[1] >= head_dim_v
+            ]
+            assert (row and (row.head_dim, row.head_dim_v)) == (
+                min(with_extras) if with_extras else None
+            )
     assert host.select_sm90_backward(host.DType.fp32, 64, 64, SMEM_SM90) is None
 
 

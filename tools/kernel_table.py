@@ -21,22 +21,23 @@ HEADER = ("kernel", "tile", "arch", "regs", "smem KB", "spills", "ptxas s")
 TABLES = {
     "ForwardConfig": (
         "forward_rows",
-        *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "late_copy"),
+        *("arch", "dtype", "head_dim", "extras", "tile_m", "tile_n", "num_warps", "late_copy"),
         "blocks_per_sm",
     ),
     "BackwardConfig": (
         "backward_rows",
-        *("arch", "dtype", "head_dim", "tile_m", "tile_n", "num_warps", "warps_m_s"),
+        *("arch", "dtype", "head_dim", "extras", "tile_m", "tile_n", "num_warps", "warps_m_s"),
         *("warps_n_dkv", "warps_m_dq", "num_stages", "blocks_per_sm"),
     ),
     "Sm90ForwardConfig": (
         "sm90_forward_rows",
-        *("dtype", "head_dim", "head_dim_v", "mask", "max_seqlen_q", "tile_m", "tile_n"),
+        *("dtype", "head_dim", "head_dim_v", "mask", "extras", "max_seqlen_q", "tile_m", "tile_n"),
         *("q_stages", "k_stages", "v_stages", "out_in_v", "ping_pong", "rows_in_turn"),
     ),
     "Sm90BackwardConfig": (
         "sm90_backward_rows",
-        *("dtype", "head_dim", "head_dim_v", "tile_m", "tile_n", "dout_stages", "landing_strips"),
+        *("dtype", "head_dim", "head_dim_v", "extras", "tile_m", "tile_n", "dout_stages"),
+        "landing_strips",
     ),
 }
 CONFIG = re.compile(r"(\w+Config)\{([^{}]*)\}")
@@ -73,11 +74,11 @@ def short_name(name: str) -> str:
 
 
 def label_of(row: Any) -> str:
-    """Head dims, dtype and mask class of a row."""
+    """Head dims, dtype, mask class and extras of a row."""
     head_dim_v = getattr(row, "head_dim_v", row.head_dim)
     head_dims = f"{row.head_dim}" + (f"/{head_dim_v}" if head_dim_v != row.head_dim else "")
     mask = f" {row.mask.name}" if hasattr(row, "mask") else ""
-    return f"{head_dims} {row.dtype.name}{mask}"
+    return f"{head_dims} {row.dtype.name}{mask}" + " extras" * row.extras
 
 
 def lines_of(unit: dict[str, Any], host: Any) -> list[tuple[str, ...]]:

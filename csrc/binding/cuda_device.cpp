@@ -145,7 +145,7 @@ bool CudaDevice::uses_sm90() const {
 
 Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
                                                          ForwardParams const& params) const {
-  if (!uses_sm90() || params.has_extras()) {
+  if (!uses_sm90()) {
     return nullptr;
   }
   Sm90ForwardConfig const* const row = select_sm90_forward(dtype, params, smem_bytes_);
@@ -154,7 +154,7 @@ Sm90ForwardConfig const* CudaDevice::sm90_forward_config(DType dtype,
 
 Sm90BackwardConfig const* CudaDevice::sm90_backward_config(DType dtype,
                                                            BackwardParams const& params) const {
-  if (!uses_sm90() || params.has_extras()) {
+  if (!uses_sm90()) {
     return nullptr;
   }
   Sm90BackwardConfig const* const row = select_sm90_backward(dtype, params, smem_bytes_);

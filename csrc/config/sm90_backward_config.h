@@ -12,6 +12,7 @@ namespace flash {
 struct Sm90BackwardConfig {
   DType dtype;
   int head_dim, head_dim_v;  // columns of the tiles; smaller ones are filled up with zeros
+  bool extras;               // softcap, ALiBi and dropout
   int tile_m, tile_n;        // a thread block owns tile_n keys and walks query tiles of tile_m rows
   int dout_stages;           // buffers of dO
   int landing_strips;        // buffers of 16 rows of dq sums in which a warp converts them
@@ -48,21 +49,24 @@ struct Sm90BackwardConfig {
                         int(sizeof(uint64_t)) * barriers,
                     kTileAlignment);
   }
-  constexpr RowName name() const { return row_name("bwd", kArch, head_dim, dtype); }
+  constexpr RowName name() const { return row_name("bwd", kArch, head_dim, dtype, extras); }
   friend constexpr bool operator==(Sm90BackwardConfig const&, Sm90BackwardConfig const&) = default;
 };
 
-/// The first row that serves a problem is taken. Measured: docs/lessons.md ("sm90 backward").
+/// The first row that serves a problem is taken. Measured: docs/lessons.md ("sm90 backward"). With
+/// extras the tile of head dim 64 has too few registers, and pairs have no code for them.
 template <DType kDType>
 inline constexpr Sm90BackwardConfig kSm90BackwardRows[] = {
     // clang-format off
-    // dtype   d  d_v   m    n  dout landing
-    {kDType,  64,  64, 128, 128,  2,   4},
-    {kDType,  96,  96,  64, 128,  2,   4},
-    {kDType, 128, 128,  64, 128,  2,   4},
-    {kDType, 192, 128,  64,  64,  2,   4},
-    {kDType, 192, 192,  64,  64,  1,   4},
-    {kDType, 256, 256,  64,  64,  1,   1},
+    // dtype   d  d_v  extras  m    n  dout landing
+    {kDType,  64,  64, false, 128, 128,  2,   4},
+    {kDType,  96,  96, false,  64, 128,  2,   4},
+    {kDType,  96,  96, true,   64, 128,  2,   4},
+    {kDType, 128, 128, false,  64, 128,  2,   4},
+    {kDType, 128, 128, true,   64, 128,  2,   4},
+    {kDType, 192, 128, false,  64,  64,  2,   4},
+    {kDType, 192, 192, false,  64,  64,  1,   4},
+    {kDType, 256, 256, false,  64,  64,  1,   1},
     // clang-format on
 };
 

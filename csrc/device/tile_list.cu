@@ -142,6 +142,10 @@ struct ListRequests {
 __global__ void __launch_bounds__(kThreads)
     list_tiles_kernel(__grid_constant__ PackedProblem const problem,
                       __grid_constant__ ListRequests const requests) {
+#if __CUDA_ARCH__ >= 900
+  // A kernel that uses the lists may start meanwhile: it waits for the end itself.
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
   if (int(blockIdx.x) < requests.count) {
     ListRequest const& request = requests.request[blockIdx.x];
     write_list(problem, request.tiling, static_cast<int*>(request.memory),

@@ -57,6 +57,7 @@ void bind_sm90_forward(py::module_& module) {
       .value("bounded", MaskClass::kBounded);
   bind_sm90_row<Config>(module, "Sm90ForwardConfig")
       .def_readonly("mask", &Config::mask)
+      .def_readonly("extras", &Config::extras)
       .def_readonly("max_seqlen_q", &Config::max_seqlen_q)
       .def_readonly("q_stages", &Config::q_stages)
       .def_readonly("k_stages", &Config::k_stages)
@@ -68,7 +69,7 @@ void bind_sm90_forward(py::module_& module) {
   module.def(
       "select_sm90_forward",
       [](DType dtype, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, Mask mask,
-         int smem_bytes) {
+         int smem_bytes, bool extras) {
         Shape const shape{.batch_size = 1,
                           .seqlen_q = seqlen_q,
                           .seqlen_k = seqlen_k,
@@ -79,28 +80,31 @@ void bind_sm90_forward(py::module_& module) {
         ForwardParams params{};
         params.shape = shape;
         params.mask = mask;
+        params.scores.softcap = extras ? 1.f : 0.f;
         return select_sm90_forward(dtype, params, smem_bytes);
       },
       py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("seqlen_q"),
       py::arg("seqlen_k"), py::arg("head_dim"), py::arg("head_dim_v"), py::arg("mask"),
-      py::arg("smem_bytes"));
+      py::arg("smem_bytes"), py::arg("extras") = false);
 }
 
 void bind_sm90_backward(py::module_& module) {
   bind_sm90_row<Sm90BackwardConfig>(module, "Sm90BackwardConfig")
+      .def_readonly("extras", &Sm90BackwardConfig::extras)
       .def_readonly("dout_stages", &Sm90BackwardConfig::dout_stages)
       .def_readonly("landing_strips", &Sm90BackwardConfig::landing_strips);
   module.def("sm90_backward_rows", sm90_backward_rows);
   module.def(
       "select_sm90_backward",
-      [](DType dtype, int head_dim, int head_dim_v, int smem_bytes) {
+      [](DType dtype, int head_dim, int head_dim_v, int smem_bytes, bool extras) {
         BackwardParams params{};
         params.shape.head_dim = head_dim;
         params.shape.head_dim_v = head_dim_v;
+        params.scores.softcap = extras ? 1.f : 0.f;
         return select_sm90_backward(dtype, params, smem_bytes);
       },
       py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("head_dim"),
-      py::arg("head_dim_v"), py::arg("smem_bytes"));
+      py::arg("head_dim_v"), py::arg("smem_bytes"), py::arg("extras") = false);
 }
 
 }  // namespace

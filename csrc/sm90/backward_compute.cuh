@@ -18,7 +18,7 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
   using Core::kConfig, Core::warpgroup_idx;
   using typename Core::Group, typename Core::Operand, typename Core::Scores;
   using typename Core::TileDout, typename Core::TileDs, typename Core::TileK;
-  using typename Core::TileQ, typename Core::TileV;
+  using typename Core::TileQ, typename Core::TileV, typename Core::Walk;
 
   Ring<Traits::kStages> last_ds{Traits::kStages - 1, 1};  // of the query tile before
   float dk[kConfig.head_dim / 8][4];
@@ -34,6 +34,23 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     this->issue_ds_k(dq, last_ds.stage, rows, columns);
   }
 
+  /// Scores of the products, their derivatives if there is a softcap, and what dropout keeps.
+  __device__ __forceinline__ void prepare_extras(Scores& scores, Operand& derivative,
+                                                 uint32_t (&kept)[Core::kFragmentsS / 8],
+                                                 ScorePlace const& place) const {
+    BackwardParams const& problem = params.problem;
+    if (problem.scores.is_on()) {
+      apply_options<Core::kDType>(scores, derivative, problem.scores, problem.softmax_scale, place);
+    }
+#pragma unroll
+    for (uint32_t& word : kept) {
+      word = 0xffffffffu;
+    }
+    if (problem.dropout.rng_state != nullptr) {
+      find_kept<Core::kFragmentsS>(kept, problem.dropout, problem.shape.num_heads, place);
+    }
+  }
+
   /// Only one warpgroup at a time issues S and dP: so the other one's exponentials and dS run
   /// beside them, and not beside its own.
   __device__ __forceinline__ void take_turn() const { named_barrier_sync(1 + warpgroup_idx, 256); }
@@ -45,7 +62,9 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
   /// it is half a tile behind. Order of issue: S, dP | dQ, dV, dK. dQ is handed over under dV and
   /// dK, the only products that leave shared memory bandwidth for it.
   template <bool kIsFirst>
-  __device__ __forceinline__ void step(int key_begin, int m_block, bool needs_mask) {
+  __device__ __forceinline__ void step(int key_begin, Walk const& walk) {
+    int const m_block = walk.m_block;
+    bool const needs_mask = walk.needs_mask();
     Scores scores, dp;
     wait(shared.q_full[q.stage], q.phase);
     take_turn();
@@ -59,6 +78,11 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     pass_turn();
     wgmma_wait<1>();
     pin(scores);
+    Operand derivative;
+    uint32_t kept[Core::kFragmentsS / 8];
+    if constexpr (kConfig.extras) {
+      prepare_extras(scores, derivative, kept, this->place(key_begin, m_block, walk.heads_left()));
+    }
     if (needs_mask) {
       this->mask(scores, key_begin, m_block);
     }
@@ -73,7 +97,13 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     wait(shared.ds_empty[ds.stage], ds.phase ^ 1);
     wgmma_wait<0>();
     pin(dp);
-    this->differentiate(dp, p, ds_operand);
+    if constexpr (kConfig.extras) {
+      this->differentiate_extras(dp, p, derivative, kept, ds_operand);
+      drop(p, kept);
+      pin(p);
+    } else {
+      this->differentiate(dp, p, ds_operand);
+    }
     this->template store_rows<TileDs>(ds_operand, shared.ds[ds.stage], warpgroup_idx * 64);
     pin(ds_operand);
     hand_over(shared.ds_full[ds.stage]);
@@ -125,7 +155,8 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     this->template store_gradient<SmemTile<64, kConfig.head_dim>, 0>(
         dk, params.problem.softmax_scale, shared.ds[warpgroup_idx]);
     hand_over(shared.dk_full[warpgroup_idx]);
-    this->template store_gradient<SmemTile<64, kConfig.head_dim_v>, 0>(dv, 1.f,
+    float const dv_scale = kConfig.extras ? params.problem.dropout.scale : 1.f;
+    this->template store_gradient<SmemTile<64, kConfig.head_dim_v>, 0>(dv, dv_scale,
                                                                        this->open_outbox());
     hand_over(shared.outbox_full[warpgroup_idx]);
   }
@@ -140,13 +171,13 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
       if (item.m_min < item.m_max) {
         int const key_begin = item.n_block * Traits::kTileN + warpgroup_idx * 64;
         auto walk = this->walk(item, key_begin);
-        step<true>(key_begin, walk.m_block, walk.needs_mask());
+        step<true>(key_begin, walk);
         // Else what the first step derives from it is held in registers for the others, and spills.
         warpgroup_idx = this->uniform(warpgroup_idx);
 #pragma unroll 1
         while (walk.steps_left > 1) {
           walk.advance();
-          step<false>(key_begin, walk.m_block, walk.needs_mask());
+          step<false>(key_begin, walk);
         }
         finish_steps();
       } else {

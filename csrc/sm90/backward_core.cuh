@@ -4,6 +4,7 @@
 
 #include "arith/block_range.h"
 #include "device/wgmma.cuh"
+#include "sm90/backward_extras.cuh"
 #include "sm90/backward_load.cuh"
 #include "sm90/row_softmax.cuh"
 
@@ -39,7 +40,9 @@ struct BackwardCore {
         shared(shared),
         warpgroup_idx(warpgroup_idx),
         warp_idx(uniform(threadIdx.x / 32 % 4)),
-        scale_log2(params.problem.softmax_scale * kLog2E) {}
+        scale_log2(kConfig.extras && params.problem.scores.is_on()
+                       ? kLog2E
+                       : params.problem.softmax_scale * kLog2E) {}
 
   static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
   static __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t phase) {
@@ -94,6 +97,47 @@ struct BackwardCore {
           visible_keys(transposed(params.problem.mask), key, sequence.seqlen_k, sequence.seqlen_q);
       mask_row(scores, half, rows.begin - lane_col,
                (key < sequence.seqlen_k ? rows.end : 0) - lane_col);
+    }
+  }
+
+  // ---- Extras ----
+
+  /// Of the scores of 64 keys from key_begin on and query tile m_block, `heads_left` heads of the
+  /// group from the end of the walk.
+  __device__ __forceinline__ ScorePlace place(int key_begin, int m_block, int heads_left) const {
+    Shape const& shape = params.problem.shape;
+    Sequence const sequence = this->sequence();
+    int const group_size = shape.query_heads_per_key_head();
+    int const in_group = params.division.step > 0 ? group_size - 1 - heads_left : heads_left;
+    return {uniform(shared.item.batch), uniform(shared.item.head_k) * group_size + in_group,
+            m_block * Traits::kTileM, key_begin + warp_idx * 16,
+            sequence.seqlen_k - sequence.seqlen_q};
+  }
+  /// As differentiate(), with dropout of dP and the softcap's derivative.
+  __device__ __forceinline__ void differentiate_extras(Scores const& dp, Operand const& p,
+                                                       Operand const& derivative,
+                                                       uint32_t const (&kept)[kFragmentsS / 8],
+                                                       Operand& ds) const {
+    uint32_t const softmax_d = smem_address(shared.softmax_d[dout.stage]) + lane_idx() % 4 * 8;
+    bool const has_softcap = params.problem.scores.softcap != 0.f;
+    float const scale = params.problem.dropout.scale;
+#pragma unroll
+    for (int n = 0; n < kFragmentsS; ++n) {
+      float2 const row_d = load_shared_float2(softmax_d + n * 32);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float2 probability = unpack2<kDType>(p[n / 2][n % 2 * 2 + half]);
+        if (has_softcap) {
+          float2 const slope = unpack2<kDType>(derivative[n / 2][n % 2 * 2 + half]);
+          probability.x *= slope.x;
+          probability.y *= slope.y;
+        }
+        bool const left = is_kept(kept[n / 8], n, 2 * half);
+        bool const right = is_kept(kept[n / 8], n, 2 * half + 1);
+        ds[n / 2][n % 2 * 2 + half] =
+            pack2<kDType>(probability.x * fmaf(left ? dp[n][2 * half] : 0.f, scale, -row_d.x),
+                          probability.y * fmaf(right ? dp[n][2 * half + 1] : 0.f, scale, -row_d.y));
+      }
     }
   }
 
@@ -239,6 +283,10 @@ struct BackwardCore {
     int steps_left;         // with this one
     int m_block;
 
+    /// Query heads of the group behind this tile's.
+    __device__ __forceinline__ int heads_left() const {
+      return (steps_left - 1) / ((last - first) * step + 1);
+    }
     __device__ __forceinline__ bool needs_mask() const {
       return m_block < full.min || m_block >= full.max;
     }

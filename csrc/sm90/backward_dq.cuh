@@ -268,7 +268,7 @@ struct BackwardConverter {
   __device__ __forceinline__ void store_group(QueryTile const& tile, int group, uint32_t sums,
                                               bool has_sums) {
     BackwardParams const& problem = params.problem;
-    Sequence const sequence = sequence_of(problem, tile.batch);
+    Sequence const sequence = params.sequence(tile.batch);
     int const row =
         tile.m_block * Traits::kTileM + (Traits::kDqByRows ? 64 * group : 0) + lane_idx() / 4;
     int const col = (Traits::kDqByRows ? 0 : Traits::kGroupCols * group) + lane_idx() % 2 * 8 +
@@ -318,7 +318,7 @@ struct BackwardConverter {
   __device__ __forceinline__ void convert(QueryTile const& tile, int group, int& next) {
     BackwardDivision const& division = params.division;
     Shape const& shape = params.problem.shape;
-    Sequence const sequence = sequence_of(params.problem, tile.batch);
+    Sequence const sequence = params.sequence(tile.batch);
     int const group_size = shape.query_heads_per_key_head();
     int const key_head = sequence.entry_q * shape.num_heads_k + tile.head / group_size;
     int const number = tile.head % group_size * division.m_blocks +

@@ -15,9 +15,17 @@ void launch_backward(BackwardKernelParams const& params, int num_blocks, void* s
   int64_t const row_blocks = int64_t(problem.sequences.entries_q) * problem.shape.num_heads *
                              (problem.softmax_d_rows / kRowsPerBlock);
   int64_t const num_sums = BackwardWorkspace::sums_bytes(kConfig, params.division) / 4;
-  flash::launch<preprocess_kernel<kConfig.dtype>>(row_blocks, kPreprocessThreads, 0, stream,
-                                                  params.problem, params.workspace, num_sums,
-                                                  BackwardWorkspace::num_counters(params.division));
+  constexpr auto kPreprocess = preprocess_kernel<kConfig.dtype>;
+  int64_t const num_counters = BackwardWorkspace::num_counters(params.division);
+  auto const preprocess = [&](auto const& launch_kernel) {
+    launch_kernel(row_blocks, kPreprocessThreads, 0, stream, problem, params.workspace, num_sums,
+                  num_counters);
+  };
+  if (params.division.items.list.num_tiles == nullptr) {
+    preprocess([](auto const&... args) { flash::launch<kPreprocess>(args...); });
+  } else {
+    preprocess([](auto const&... args) { flash::launch_early<kPreprocess>(args...); });
+  }
   flash::launch_early<backward_kernel<BackwardTraits<kConfig>>>(
       num_blocks, kConfig.num_threads(), kConfig.smem_bytes(), stream, params);
 }

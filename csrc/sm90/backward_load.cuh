@@ -17,7 +17,7 @@ __device__ __forceinline__ WorkItem work_item(BackwardKernelParams const& params
   }
   int const num_heads_k = params.problem.shape.num_heads_k;
   int const batch = tile.batch_head / num_heads_k;
-  Sequence const sequence = sequence_of(params.problem, batch);
+  Sequence const sequence = params.sequence(batch);
   BlockRange const range = m_block_range(
       tile_grid(params.problem, sequence, Traits::kTileM, Traits::kTileN), tile.block);
   return {tile.block, tile.batch_head % num_heads_k, batch, range.min, range.max};
@@ -49,7 +49,7 @@ struct BackwardLoader {
   __device__ __forceinline__ void load_keys(CUtensorMap const& map, char* tile, uint64_t& full,
                                             WorkItem const& item) const {
     uint32_t const barrier = smem_address(&full);
-    Sequence const sequence = sequence_of(params.problem, fresh(item.batch));
+    Sequence const sequence = params.sequence(fresh(item.batch));
     mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
     load_rows<Tile>(map, tile, barrier, item.n_block * Tile::kRows, item.head_k,
                     params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k),
@@ -73,7 +73,7 @@ struct BackwardLoader {
                                                uint64_t& full, uint64_t& empty, uint32_t phase,
                                                int head, int batch, int m_block) const {
     BackwardParams const& problem = params.problem;
-    Sequence const sequence = sequence_of(problem, fresh(batch));
+    Sequence const sequence = params.sequence(fresh(batch));
     int const row = m_block * Traits::kTileM;
     uint32_t const barrier = smem_address(&full);
     mbarrier_wait(smem_address(&empty), phase ^ 1);

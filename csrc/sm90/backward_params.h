@@ -63,6 +63,10 @@ struct BackwardKernelParams {
   RowMap rows;          // of all of them: either all are packed, which is one entry, or none
   BackwardDivision division;
   BackwardWorkspace workspace;
+
+  FLASH_HD Sequence sequence(int batch) const {
+    return find_sequence(problem, rows.entry_rows == 0, batch);
+  }
 };
 
 }  // namespace flash::sm90

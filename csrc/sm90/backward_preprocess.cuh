@@ -36,6 +36,8 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   for (int64_t idx = thread; idx < num_counters; idx += num_threads) {
     workspace.next[idx] = 0;
   }
+  // The main kernel waits for the end of this one alone: so that of the lists is waited for here.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 }  // namespace flash::sm90

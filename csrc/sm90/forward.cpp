@@ -107,6 +107,7 @@ void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Devic
                                           .k_rows = views.k.row_map(),
                                           .v_rows = views.v.row_map(),
                                           .out_rows = views.out.row_map(),
+                                          .are_entries = params.sequences.are_entries(),
                                           .tiles = tiles.source,
                                           .tile_counter = tile_counter(device.index, stream)};
   int const num_blocks = int(tiles.num_blocks < device.num_sms ? tiles.num_blocks : device.num_sms);

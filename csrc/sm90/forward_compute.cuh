@@ -2,18 +2,23 @@
 #pragma once
 
 #include "arith/block_range.h"
-#include "device/tma.cuh"
 #include "device/wgmma.cuh"
-#include "sm90/forward_params.h"
-#include "sm90/forward_traits.cuh"
+#include "sm90/forward_core.cuh"
+#include "sm90/forward_extras.cuh"
 #include "sm90/row_softmax.cuh"
 
 namespace flash::sm90 {
 
 template <class Traits>
-struct ForwardWarpgroup {
-  static constexpr Sm90ForwardConfig kConfig = Traits::kConfig;
-  static constexpr int kWarpgroups = Traits::kWarpgroups;
+struct ForwardWarpgroup : ForwardCore<Traits> {
+  using Core = ForwardCore<Traits>;
+  using Core::has_next_tile, Core::pass_turn, Core::release, Core::release_k, Core::release_q;
+  using Core::kConfig, Core::kWarpgroups, Core::lane_idx, Core::params, Core::shared,
+      Core::warp_idx;
+  using Core::q, Core::k, Core::v, Core::warpgroup_idx;
+  using Core::release_v, Core::take_tile, Core::take_turn, Core::wait_k, Core::wait_q;
+  using Core::wait_v, Core::waits_for_loads;
+  using typename Core::SharedStorage;
   static constexpr int kFragmentsS = Traits::kTileN / 8;
   static constexpr int kFragmentsO = kConfig.head_dim_v / 8;
   static constexpr int kStepsP = Traits::kTileN / 16;
@@ -21,18 +26,10 @@ struct ForwardWarpgroup {
   using TileK = typename Traits::TileK;
   using TileV = typename Traits::TileV;
   using TileOut = typename Traits::TileOut;
-  using SharedStorage = typename Traits::SharedStorage;
   using Scores = float[kFragmentsS][4];
 
-  ForwardKernelParams const& params;
-  SharedStorage& shared;
-  int const warpgroup_idx;  // among the computing ones
   float const scale_log2;
   uint64_t const q_descriptor, k_descriptor, v_descriptor;  // of buffer 0
-  Ring<kConfig.q_stages> q;
-  Ring<kConfig.k_stages> k;
-  Ring<kConfig.v_stages> v;
-  Ring<kConfig.kWorkStages> work;
   float acc_o[kFragmentsO][4];
   uint32_t p[kStepsP][4];  // probabilities of the last key tile; their product with V is due
   int has_output;          // 0 until a product with V has been issued for this tile
@@ -41,87 +38,15 @@ struct ForwardWarpgroup {
 
   __device__ __forceinline__ ForwardWarpgroup(ForwardKernelParams const& params,
                                               SharedStorage& shared, int warpgroup_idx)
-      : params(params),
-        shared(shared),
-        warpgroup_idx(warpgroup_idx),
-        scale_log2(params.problem.softmax_scale * kLog2E),
+      : Core(params, shared, warpgroup_idx),
+        scale_log2(score_scale() * kLog2E),
         q_descriptor(wgmma_descriptor<TileQ>(smem_address(shared.q[0]))),
         k_descriptor(wgmma_descriptor<TileK>(smem_address(shared.k[0]))),
-        v_descriptor(wgmma_descriptor<TileV>(smem_address(shared.v[0]))) {
-    for (int i = 0; i < warpgroup_idx; ++i) {
-      q.advance();
-    }
-  }
+        v_descriptor(wgmma_descriptor<TileV>(smem_address(shared.v[0]))) {}
 
-  static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
-  static __device__ __forceinline__ int warp_idx() { return threadIdx.x / 32 % 4; }
-
-  // ---- Barriers ----
-
-  /// Between the two calls only this warpgroup issues products: its softmax then runs beside the
-  /// products of the others.
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (kConfig.ping_pong) {
-      named_barrier_sync(1 + warpgroup_idx, 256);
-    }
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (kConfig.ping_pong) {
-      named_barrier_arrive(1 + (warpgroup_idx + 1) % kWarpgroups, 256);
-    }
-  }
-  /// With turns it is enough that the first warpgroup waits for K and V: its turn tells the others.
-  __device__ __forceinline__ bool waits_for_loads() const {
-    return !kConfig.ping_pong || warpgroup_idx == 0;
-  }
-
-  static __device__ __forceinline__ void wait(uint64_t& full, uint32_t phase) {
-    mbarrier_wait(smem_address(&full), phase);
-  }
-  static __device__ __forceinline__ void release(uint64_t& empty) {
-    if (lane_idx() == 0) {
-      mbarrier_arrive(smem_address(&empty));
-    }
-  }
-  __device__ __forceinline__ void wait_q() { wait(shared.q_full[q.stage], q.phase); }
-  __device__ __forceinline__ void wait_k() { wait(shared.k_full[k.stage], k.phase); }
-  __device__ __forceinline__ void wait_v() { wait(shared.v_full[v.stage], v.phase); }
-  /// The ring of Q advances in turn_over(), not here in a branch: its place stays a uniform value.
-  __device__ __forceinline__ void release_q() { release(shared.q_empty[q.stage]); }
-  __device__ __forceinline__ void release_k() {
-    release(shared.k_empty[k.stage]);
-    k.advance();
-  }
-  __device__ __forceinline__ void release_v() {
-    release(shared.v_empty[v.stage]);
-    v.advance();
-  }
-
-  // One lane reads a WorkTile, so that its own arrival tells that it has been read.
-
-  static __device__ __forceinline__ int from_lane_0(int value) {
-    return __shfl_sync(0xffffffffu, value, 0);
-  }
-  /// Waits for the next tile; true if there is one.
-  __device__ __forceinline__ bool has_next_tile() {
-    int m_block = 0;
-    if (lane_idx() == 0) {
-      wait(shared.work_full[work.stage], work.phase);
-      m_block = shared.work[work.stage].m_block;
-    }
-    return from_lane_0(m_block) >= 0;
-  }
-  /// The tile that has_next_tile() has seen.
-  __device__ __forceinline__ WorkTile take_tile() {
-    WorkTile tile{};
-    if (lane_idx() == 0) {
-      tile = shared.work[work.stage];
-      mbarrier_arrive(smem_address(&shared.work_empty[work.stage]));
-    }
-    work.advance();
-    return {from_lane_0(tile.m_block), from_lane_0(tile.head),  from_lane_0(tile.batch),
-            from_lane_0(tile.n_min),   from_lane_0(tile.n_max), from_lane_0(tile.seqlen_q),
-            from_lane_0(tile.seqlen_k)};
+  /// Of what the maxima are of: options make scores of the products at once.
+  __device__ __forceinline__ float score_scale() const {
+    return kConfig.extras && params.problem.scores.is_on() ? 1.f : params.problem.softmax_scale;
   }
 
   // ---- Mask ----
@@ -152,6 +77,25 @@ struct ForwardWarpgroup {
                             tile.seqlen_q, tile.seqlen_k);
       }
       mask_row(scores, half, keys.begin - lane_col, keys.end - lane_col);
+    }
+  }
+
+  // ---- Extras ----
+
+  __device__ __forceinline__ void make_scores(Scores& scores, WorkTile const& tile,
+                                              int n_block) const {
+    if (kConfig.extras && params.problem.scores.is_on()) {
+      apply_options(scores, params.problem.scores, params.problem.softmax_scale, tile.batch,
+                    tile.head, first_row(tile), n_block * Traits::kTileN,
+                    tile.seqlen_k - tile.seqlen_q);
+    }
+  }
+  __device__ __forceinline__ void drop_some(Scores& probabilities, WorkTile const& tile,
+                                            int n_block) const {
+    if (kConfig.extras && params.problem.dropout.rng_state != nullptr) {
+      drop(probabilities, params.problem.dropout,
+           tile.batch * params.problem.shape.num_heads + tile.head, first_row(tile),
+           n_block * Traits::kTileN);
     }
   }
 
@@ -249,6 +193,7 @@ struct ForwardWarpgroup {
     if (n_block == tile.n_min) {
       release_q();
     }
+    make_scores(scores, tile, n_block);
     if (kConfig.mask == MaskClass::kBounded && needs_mask) {
       mask(scores, tile, n_block);
     }
@@ -260,6 +205,7 @@ struct ForwardWarpgroup {
     } else {
       has_grown = exponentiate_rows<0, 2>(scores, factor);
     }
+    drop_some(scores, tile, n_block);
     pin(scores);
     wgmma_wait<0>();
     pin(acc_o);
@@ -278,6 +224,7 @@ struct ForwardWarpgroup {
     if (n_block == tile.n_min) {
       release_q();
     }
+    make_scores(scores, tile, n_block);
     if (!is_full(full_range(tile), n_block)) {
       mask(scores, tile, n_block);
     }
@@ -286,6 +233,7 @@ struct ForwardWarpgroup {
       softmax.start(scores, half);
       softmax.exponentiate(scores, half, scale_log2);
     }
+    drop_some(scores, tile, n_block);
     pack(scores);
     has_output = 0;
   }
@@ -376,7 +324,7 @@ struct ForwardWarpgroup {
   /// Normalises, writes softmax_lse, and stores out without waiting for the store.
   __device__ __forceinline__ void store(WorkTile const& tile) {
     Shape const& shape = params.problem.shape;
-    Sequence const sequence = sequence_of(params.problem, tile.batch);
+    Sequence const sequence = params.sequence(tile.batch);
     int const row = first_row(tile);
     float* const softmax_lse =
         params.problem.softmax_lse +
@@ -386,13 +334,13 @@ struct ForwardWarpgroup {
         params.problem.sink == nullptr ? nullptr : params.problem.sink + tile.head;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      RowEnd const end = row_end(softmax.row_max[half] * params.problem.softmax_scale,
-                                 quad_sum(softmax.row_sum[half]), sink);
+      RowEnd const end =
+          row_end(softmax.row_max[half] * score_scale(), quad_sum(softmax.row_sum[half]), sink);
       int const lane_row = row + 8 * half + lane_idx() / 4;
       if (lane_idx() % 4 == 0 && lane_row < sequence.seqlen_q) {
         softmax_lse[lane_row] = end.lse;
       }
-      scale_row(acc_o, half, end.scale);
+      scale_row(acc_o, half, kConfig.extras ? end.scale * params.problem.dropout.scale : end.scale);
     }
     RowOrigin const origin =
         params.out_rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);

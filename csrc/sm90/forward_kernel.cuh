@@ -45,6 +45,7 @@ __global__ void __launch_bounds__(Traits::kConfig.num_threads(), 1)
   extern __shared__ __align__(1024) char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   int const warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  asm volatile("griddepcontrol.wait;" ::: "memory");  // the list of tiles, if there is one
   if (int(blockIdx.x) >= params.tiles.num_tiles()) {  // listed ones may be fewer than planned
     if (threadIdx.x == 0) {
       leave(params);

@@ -18,7 +18,7 @@ __device__ __forceinline__ WorkTile work_tile(ForwardKernelParams const& params,
     return {-1, 0, 0, 0, 0, 0, 0};
   }
   int const batch = tile.batch_head / num_heads;
-  Sequence const sequence = sequence_of(params.problem, batch);
+  Sequence const sequence = params.sequence(batch);
   BlockRange range{0, ceil_div(sequence.seqlen_k, Traits::kTileN)};
   if constexpr (Traits::kConfig.mask == MaskClass::kBounded) {
     TileGrid const grid{Traits::kTileM, Traits::kTileN, sequence.seqlen_q, sequence.seqlen_k,
@@ -58,13 +58,13 @@ __device__ __forceinline__ void load_tile(CUtensorMap const& map, char* buffers,
 
 /// Copies the key tiles that `tile` sees, the last first.
 template <class Tile, int kStages>
-__device__ __forceinline__ void load_keys(ForwardParams const& problem, CUtensorMap const& map,
+__device__ __forceinline__ void load_keys(ForwardKernelParams const& params, CUtensorMap const& map,
                                           RowMap const& rows, char* buffers, uint64_t* full,
                                           uint64_t* empty, Ring<kStages>& ring,
                                           WorkTile const& tile) {
-  Sequence const sequence = sequence_of(problem, tile.batch);
+  Sequence const sequence = params.sequence(tile.batch);
   RowOrigin const origin = rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
-  int const head_k = tile.head / problem.shape.query_heads_per_key_head();
+  int const head_k = tile.head / params.problem.shape.query_heads_per_key_head();
 #pragma unroll 1
   for (int n_block = tile.n_max - 1; n_block >= tile.n_min; --n_block) {
     load_tile<Tile>(map, buffers, full, empty, ring, n_block * Tile::kRows, head_k, origin);
@@ -89,8 +89,8 @@ __device__ __forceinline__ void load_k(ForwardKernelParams const& params,
     if (tile.m_block < 0) {
       break;
     }
-    load_keys<typename Traits::TileK>(params.problem, params.k, params.k_rows, shared.k[0],
-                                      shared.k_full, shared.k_empty, k, tile);
+    load_keys<typename Traits::TileK>(params, params.k, params.k_rows, shared.k[0], shared.k_full,
+                                      shared.k_empty, k, tile);
     tile_idx = params.tile_counter == nullptr ? tile_idx + int(gridDim.x)
                                               : int(gridDim.x) + atomicAdd(params.tile_counter, 1);
   }
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_q(ForwardKernelParams const& params,
   constexpr Sm90ForwardConfig kConfig = Traits::kConfig;
   Ring<kConfig.q_stages> q;
   for_each_tile<Traits>(shared, [&](WorkTile const& tile) {
-    Sequence const sequence = sequence_of(params.problem, tile.batch);
+    Sequence const sequence = params.sequence(tile.batch);
     RowOrigin const origin =
         params.q_rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
 #pragma unroll 1
@@ -138,8 +138,8 @@ __device__ __forceinline__ void load_v(ForwardKernelParams const& params,
   constexpr Sm90ForwardConfig kConfig = Traits::kConfig;
   Ring<kConfig.v_stages> v;
   for_each_tile<Traits>(shared, [&](WorkTile const& tile) {
-    load_keys<typename Traits::TileV>(params.problem, params.v, params.v_rows, shared.v[0],
-                                      shared.v_full, shared.v_empty, v, tile);
+    load_keys<typename Traits::TileV>(params, params.v, params.v_rows, shared.v[0], shared.v_full,
+                                      shared.v_empty, v, tile);
     if constexpr (Traits::kConfig.out_in_v) {
       // One empty buffer for each computing warpgroup's rows of out.
       for (int i = 0; i < Traits::kWarpgroups; ++i) {

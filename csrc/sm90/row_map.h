@@ -1,7 +1,7 @@
 // How the copy engine finds the rows of a sequence.
 #pragma once
 
-#include "arith/sequence.h"
+#include "params.h"
 
 namespace flash::sm90 {
 
@@ -27,5 +27,15 @@ struct RowMap {
                            : RowOrigin{kUnit - seqlen, entry * entry_rows + first + seqlen, kUnit};
   }
 };
+
+/// Sequence `batch` of a problem whose sequences are whole entries, or not: one look at a flag,
+/// where sequence_of() looks at five pointers. It is on the way of every tile.
+template <class Params>
+FLASH_HD Sequence find_sequence(Params const& problem, bool are_entries, int batch) {
+  if (are_entries) {
+    return {batch, 0, problem.shape.seqlen_q, batch, 0, problem.shape.seqlen_k};
+  }
+  return sequence_of(problem, batch);
+}
 
 }  // namespace flash::sm90
