@@ -42,7 +42,7 @@ struct BackwardTraits {
                                                                       : CopyPoint::kBeforeDk;
   // Where a visit finds its key tile: kernels of eight warps spilled 8 to 16 bytes with it in
   // registers, that of head dim 128 with it in shared memory.
-  static constexpr bool kTileInShared = kConfig.num_warps > 4;
+  static constexpr bool kTileInShared = kConfig.num_warps > 4 || (kConfig.extras && kConfig.blocks_per_sm > 2);
   using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;        // Q and dO
   using TileK = SmemTile<kConfig.tile_n, kHeadDim>;        // K and V
   using TileS = SmemTile<kConfig.tile_m, kConfig.tile_n>;  // P and dS
@@ -216,7 +216,6 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
       minus_d[m][half] = stats.minus_d;
     }
   }
-  float const slope = kConfig.extras ? alibi_slope(params.scores, tile.batch, visit.head) : 0.f;
 
   float acc_s[Traits::kMS][2 * Traits::kNS][4], acc_dp[Traits::kMS][2 * Traits::kNS][4];
   uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
@@ -240,6 +239,7 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   Sequence const& sequence = tile.sequence;
   PiecePlacement const place{first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n,
                              kColStep};
+  float const slope = kConfig.extras ? alibi_slope(params.scores, tile.batch, visit.head) : 0.f;
   if constexpr (kConfig.extras) {
     apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
   }
