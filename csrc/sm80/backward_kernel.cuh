@@ -41,8 +41,9 @@ struct BackwardTraits {
                                           : kConfig.blocks_per_sm > 1 ? CopyPoint::kBeforeDv
                                                                       : CopyPoint::kBeforeDk;
   // Where a visit finds its key tile: kernels of eight warps spilled 8 to 16 bytes with it in
-  // registers, that of head dim 128 with it in shared memory.
-  static constexpr bool kTileInShared = kConfig.num_warps > 4 || (kConfig.extras && kConfig.blocks_per_sm > 2);
+  // registers, that of 168 registers with extras 20, that of head dim 128 with it in shared memory.
+  static constexpr bool kTileInShared =
+      kConfig.num_warps > 4 || (kConfig.extras && kConfig.blocks_per_sm > 2);
   using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;        // Q and dO
   using TileK = SmemTile<kConfig.tile_n, kHeadDim>;        // K and V
   using TileS = SmemTile<kConfig.tile_m, kConfig.tile_n>;  // P and dS
@@ -161,11 +162,9 @@ __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_
 /// From scores and dP - softmax_d to P and dS, which go to shared memory as 16-bit tiles. `kept` is
 /// KeptElements, or null without dropout.
 template <class Traits, int kM, int kN, class Kept>
-__device__ __forceinline__ void store_gradients(float const (&scores)[kM][kN][4],
-                                                float const (&dp)[kM][kN][4],
-                                                float const (&lse_log2)[kM][2], float scale_log2,
-                                                FragmentWriter<typename Traits::TileS> const& writer,
-                                                Kept const& kept) {
+__device__ __forceinline__ void store_gradients(
+    float const (&scores)[kM][kN][4], float const (&dp)[kM][kN][4], float const (&lse_log2)[kM][2],
+    float scale_log2, FragmentWriter<typename Traits::TileS> const& writer, Kept const& kept) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -395,7 +394,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     };
     cp_async_wait<0>();
     __syncthreads();  // this visit's Q, dO are there; every warp is done with the previous visit
-    scores<Traits>(params, dropout_key, workspace.row_stats + first_row(), smem, tile, visit, stage);
+    scores<Traits>(params, dropout_key, workspace.row_stats + first_row(), smem, tile, visit,
+                   stage);
     __syncthreads();  // P and dS are complete
 
     if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDv) {
