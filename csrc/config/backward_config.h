@@ -37,7 +37,8 @@ inline constexpr BackwardConfig kBackwardRows[] = {
     // arch dtype head_dim extras  m    n  warps  m_s n_dkv m_dq stages blocks
     {80, kDType,  64, false,     64,  64,  4,     2,   2,   2,    2,    3},
     {80, kDType,  64, false,    128,  64,  4,     2,   2,   2,    1,    2},
-    {80, kDType,  64, true,      64,  64,  4,     2,   2,   2,    2,    2},
+    {80, kDType,  64, true,      64,  64,  4,     2,   2,   2,    2,    3},
+    {80, kDType,  64, true,     128,  64,  4,     2,   2,   2,    1,    2},
     {80, kDType,  96, false,     64,  64,  4,     2,   2,   2,    2,    2},
     {80, kDType,  96, true,      64,  64,  4,     2,   2,   2,    2,    2},
     {80, kDType, 128, false,     64,  64,  4,     2,   2,   2,    2,    2},
@@ -46,10 +47,12 @@ inline constexpr BackwardConfig kBackwardRows[] = {
     {80, kDType, 128, true,      64,  64,  4,     2,   2,   2,    1,    2},
     {80, kDType, 192, false,     64,  96,  8,     4,   2,   2,    1,    1},
     {80, kDType, 192, false,     32,  64,  8,     2,   4,   2,    1,    1},
+    {80, kDType, 192, true,      64,  96,  8,     4,   2,   2,    1,    1},
     {80, kDType, 192, true,      32,  64,  8,     2,   4,   2,    1,    1},
     {80, kDType, 256, false,     64,  64,  8,     2,   2,   2,    2,    1},
     {80, kDType, 256, false,     32,  64,  8,     2,   2,   2,    2,    1},
     {80, kDType, 256, false,     32,  32,  4,     2,   2,   1,    1,    1},
+    {80, kDType, 256, true,      64,  64,  8,     2,   2,   2,    2,    1},
     {80, kDType, 256, true,      32,  64,  8,     2,   2,   2,    2,    1},
     {80, kDType, 256, true,      32,  32,  4,     2,   2,   1,    1,    1},
     // clang-format on

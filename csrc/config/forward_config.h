@@ -33,11 +33,11 @@ inline constexpr ForwardConfig kForwardRows[] = {
     // clang-format off
     // arch dtype head_dim extras  m    n  warps  late  blocks
     {80, kDType,  64, false,     64, 128,  4,   false,  3},
-    {80, kDType,  64, true,      64,  64,  4,   false,  3},
+    {80, kDType,  64, true,      64, 128,  4,   false,  3},
     {80, kDType,  96, false,    128,  64,  4,   false,  2},
-    {80, kDType,  96, true,      64,  64,  4,   false,  3},
+    {80, kDType,  96, true,     128,  64,  4,   false,  2},
     {80, kDType, 128, false,    128,  64,  4,   true,   2},
-    {80, kDType, 128, true,      64,  64,  4,   false,  2},
+    {80, kDType, 128, true,     128,  64,  4,   true,   2},
     {80, kDType, 192, false,     64,  64,  4,   false,  2},
     {80, kDType, 192, true,      64,  64,  4,   false,  2},
     {80, kDType, 256, false,     64,  64,  4,   false,  2},

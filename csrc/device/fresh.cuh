@@ -21,4 +21,10 @@ __device__ __forceinline__ int fresh_thread_idx() {
   return idx;
 }
 
+/// A value that all lanes share, known to be such: the compiler may hold it in a uniform register.
+template <class Value>
+__device__ __forceinline__ Value uniform(Value value) {
+  return __shfl_sync(0xffffffffu, value, 0);
+}
+
 }  // namespace flash

@@ -1,119 +1,120 @@
-// Softcap, ALiBi and dropout on the accumulators of a score tile.
+// Softcap and ALiBi on the accumulators of a score tile.
 #pragma once
 
+#include "device/fresh.cuh"
 #include "device/softmax.cuh"
 
 namespace flash {
 
-/// tanh to fp32's rounding next to 1: tanh.approx would be off by 2^-11 of the softcap.
-__device__ __forceinline__ float tanh_by_exp(float x) {
-  return 1.f - __fdividef(2.f, exp2_approx(x * (2.f * kLog2E)) + 1.f);
+/// Scores enter the softmax in units of this: one multiplication an element less than in natural
+/// units. Products q k^T already are, without a softcap; with one, tanh is.
+__device__ __forceinline__ float score_unit(ScoreOptions const& options, float softmax_scale) {
+  return options.softcap == 0.f ? softmax_scale : options.softcap;
 }
 
-/// What one head does to its scores.
-struct HeadScores {
-  float softmax_scale;
-  float softcap, inverse_softcap;  // softcap 0: none
-  float slope;                     // 0: none
-  int diagonal;                    // seqlen_k - seqlen_q: row i lies on column i + diagonal
+/// ALiBi's slope of a head; 0: none.
+__device__ __forceinline__ float alibi_slope(ScoreOptions const& options, int batch, int head) {
+  return options.alibi_slopes == nullptr
+             ? 0.f
+             : options.alibi_slopes[int64_t(batch) * options.alibi_batch_stride + head];
+}
 
-  __device__ __forceinline__ HeadScores(ScoreOptions const& options, float softmax_scale, int batch,
-                                        int head, Sequence const& sequence)
-      : softmax_scale(softmax_scale),
-        softcap(options.softcap),
-        inverse_softcap(1.f / options.softcap),
-        slope(options.alibi_slopes == nullptr
-                  ? 0.f
-                  : options.alibi_slopes[int64_t(batch) * options.alibi_batch_stride + head]),
-        diagonal(sequence.seqlen_k - sequence.seqlen_q) {}
+/// 1 / x to the last bit or two.
+__device__ __forceinline__ float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
-  /// The score that enters the softmax, of the product q k^T. `distance` is i + diagonal - j.
-  __device__ __forceinline__ float score(float product, float distance) const {
-    float const scaled = product * softmax_scale;
-    float const capped = softcap == 0.f ? scaled : softcap * tanh_by_exp(scaled * inverse_softcap);
-    return fmaf(-slope, fabsf(distance), capped);
-  }
-  /// The derivative of a score by the scaled product. 0 for hidden pairs, whose score is -inf.
-  __device__ __forceinline__ float derivative(float score, float distance) const {
-    float const capped = fmaf(slope, fabsf(distance), score);
-    float const tanh = fmaxf(capped * inverse_softcap, -1.f);
-    return softcap == 0.f ? 1.f : 1.f - tanh * tanh;
-  }
+/// tanh(x) of the exponent 2 log2(e) x, to fp32's rounding next to 1: tanh.approx would be off by
+/// 2^-11 of the softcap.
+__device__ __forceinline__ float tanh_by_exp(float exponent) {
+  return fmaf(-2.f, reciprocal_approx(exp2_approx(exponent) + 1.f), 1.f);
+}
 
-  /// Calls visit(m, n, e, distance) for the elements of a lane's accumulator.
-  template <int kM, int kN, class Visit>
-  __device__ __forceinline__ void for_each_element(PiecePlacement const& place,
-                                                   Visit const& visit) const {
-    int const lane_idx = fresh_thread_idx() % 32;
-    float const first =
-        float(place.first_row + lane_idx / 4 + diagonal - (place.first_col + lane_idx % 4 * 2));
+/// The same for |exponent| < 2, that is |x| < 0.69: a minimax polynomial, off by 2.4e-7. Seven FMA
+/// instructions take less time than two of the special function unit's.
+__device__ __forceinline__ float tanh_by_polynomial(float exponent) {
+  float const square = exponent * exponent;
+  float sum = fmaf(square, 0x1.0cf89ep-20f, -0x1.009ceep-15f);
+  sum = fmaf(square, sum, 0x1.5c3af4p-11f);
+  sum = fmaf(square, sum, -0x1.c6a664p-7f);
+  return exponent * fmaf(square, sum, 0x1.62e42ap-2f);
+}
+
+/// Products q k^T to tanh(softmax_scale * product / softcap). Has to be called by whole warps.
+template <int kM, int kN>
+__device__ __forceinline__ void apply_softcap(float (&scores)[kM][kN][4], float softmax_scale,
+                                              float softcap) {
+  float const exponent_scale = 2.f * kLog2E * softmax_scale * reciprocal_approx(softcap);
+  uint32_t bits = 0;
+  auto const for_each = [&](auto const& visit) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          int const row = m * place.row_step + e / 2 * 8;
-          int const col = n / 2 * place.col_step + n % 2 * 8 + e % 2;
-          visit(m, n, e, first + float(row - col));
+          visit(scores[m][n][e]);
         }
       }
     }
-  }
-};
-
-/// Products q k^T to scores.
-template <int kM, int kN>
-__device__ __forceinline__ void apply_options(float (&scores)[kM][kN][4],
-                                              PiecePlacement const& place, HeadScores const& head) {
-  head.for_each_element<kM, kN>(place, [&](int m, int n, int e, float distance) {
-    scores[m][n][e] = head.score(scores[m][n][e], distance);
+  };
+  for_each([&](float& score) {
+    score *= exponent_scale;
+    bits |= __float_as_uint(score);
   });
+  // Bit 30 of a float is set from 2 on.
+  if (__any_sync(0xffffffffu, (bits & 0x40000000u) != 0)) {
+    for_each([](float& score) { score = tanh_by_exp(score); });
+  } else {
+    for_each([](float& score) { score = tanh_by_polynomial(score); });
+  }
 }
 
-/// Which of a lane's elements of an accumulator dropout keeps.
-struct DropoutLane {
-  int64_t seed, offset;
-  int batch_head;
-  int last_kept_byte;
+/// What ALiBi takes from a lane's scores.
+struct AlibiLane {
+  float slope;  // in units of score_unit()
+  float first;  // slope * (i + seqlen_k - seqlen_q - j) of the lane's first element
 
-  __device__ __forceinline__ DropoutLane(Dropout const& dropout, int batch_head)
-      : seed(dropout.rng_state[0]),
-        offset(dropout.rng_state[1]),
-        batch_head(batch_head),
-        last_kept_byte(dropout.last_kept_byte) {}
-
-  /// Calls drop(n, e) for the dropped elements of the fragments n (0, 1) of a 16 x 16 block.
-  template <class Drop>
-  __device__ __forceinline__ void visit_block(int first_row, int first_col,
-                                              Drop const& drop) const {
+  /// `natural_slope` is alibi_slope().
+  __device__ __forceinline__ AlibiLane(PiecePlacement const& place, float natural_slope, float unit,
+                                       Sequence const& sequence)
+      : slope(natural_slope * reciprocal_approx(unit)) {
     int const lane_idx = fresh_thread_idx() % 32;
-    int const row = first_row + lane_idx / 4, col = first_col + lane_idx % 4 * 2;
-    Philox4 const bits = dropout_bits(seed, offset, batch_head, row, col);
-#pragma unroll
-    for (int n = 0; n < 2; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (dropout_byte(bits, row + e / 2 * 8, col + n * 8 + e % 2) > last_kept_byte) {
-          drop(n, e);
-        }
-      }
-    }
+    int const row = place.first_row + lane_idx / 4, col = place.first_col + lane_idx % 4 * 2;
+    first = slope * float(row + sequence.seqlen_k - sequence.seqlen_q - col);
+  }
+
+  /// slope * |distance| of element e of fragment (m, n): one FMA, for the absolute value is a
+  /// modifier of the addition that follows.
+  __device__ __forceinline__ float of(PiecePlacement const& place, int m, int n, int e) const {
+    int const row = m * place.row_step + e / 2 * 8;
+    int const col = n / 2 * place.col_step + n % 2 * 8 + e % 2;
+    return fabsf(fmaf(slope, float(row - col), first));
   }
 };
 
-/// Clears what dropout drops of probabilities that are packed as operands.
+/// Products q k^T to scores in units of score_unit(). Has to be called by whole warps.
 template <int kM, int kN>
-__device__ __forceinline__ void drop(Piece (&p)[kM][kN], PiecePlacement const& place,
-                                     DropoutLane const& lane) {
+__device__ __forceinline__ void apply_options(float (&scores)[kM][kN][4],
+                                              PiecePlacement const& place,
+                                              ScoreOptions const& options, float softmax_scale,
+                                              float slope, Sequence const& sequence) {
+  if (options.softcap != 0.f) {
+    apply_softcap(scores, softmax_scale, options.softcap);
+  }
+  if (options.alibi_slopes != nullptr) {
+    AlibiLane const alibi(place, slope, score_unit(options, softmax_scale), sequence);
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      lane.visit_block(place.first_row + m * place.row_step, place.first_col + n * place.col_step,
-                       [&](int half, int e) {
-                         p[m][n].r[half * 2 + e / 2] &= e % 2 == 0 ? 0xffff0000u : 0x0000ffffu;
-                       });
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          scores[m][n][e] -= alibi.of(place, m, n, e);
+        }
+      }
     }
   }
 }

@@ -20,8 +20,8 @@
 #include "config/smem_limit.h"
 #include "device/copy.cuh"
 #include "device/mma.cuh"
-#include "device/score_options.cuh"
 #include "device/tile_source.h"
+#include "sm80/backward_extras.cuh"
 #include "sm80/backward_workspace.cuh"
 
 namespace flash::sm80 {
@@ -41,8 +41,9 @@ struct BackwardTraits {
                                           : kConfig.blocks_per_sm > 1 ? CopyPoint::kBeforeDv
                                                                       : CopyPoint::kBeforeDk;
   // Where a visit finds its key tile: kernels of eight warps spilled 8 to 16 bytes with it in
-  // registers, that of head dim 128 with it in shared memory.
-  static constexpr bool kTileInShared = kConfig.num_warps > 4;
+  // registers, that of 168 registers with extras 20, that of head dim 128 with it in shared memory.
+  static constexpr bool kTileInShared =
+      kConfig.num_warps > 4 || (kConfig.extras && kConfig.blocks_per_sm > 2);
   using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;        // Q and dO
   using TileK = SmemTile<kConfig.tile_n, kHeadDim>;        // K and V
   using TileS = SmemTile<kConfig.tile_m, kConfig.tile_n>;  // P and dS
@@ -158,48 +159,42 @@ __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_
   cp_async_commit();
 }
 
-__device__ __forceinline__ HeadScores head_scores(BackwardParams const& params, KeyTile const& tile,
-                                                  QueryVisit const& visit) {
-  return {params.scores, params.softmax_scale, tile.batch, visit.head, tile.sequence};
-}
-
-/// From scores and dO V^T to P and dS, in place, with dropout and the softcap's derivative. What
-/// dropout keeps of P is scaled at the end, in dV.
-template <class Traits, int kM, int kN>
-__device__ __forceinline__ void extra_gradients(
-    BackwardParams const& params, KeyTile const& tile, QueryVisit const& visit,
-    HeadScores const& head, PiecePlacement const& place, float const (&lse_log2)[kM][2],
-    float const (&minus_d)[kM][2], float (&scores)[kM][kN][4], float (&dp)[kM][kN][4]) {
-  static_assert(kM * kN * 4 <= 32, "one bit an element");
-  uint32_t dropped = 0;
-  if (params.dropout.rng_state != nullptr) {
-    DropoutLane const lane(params.dropout, tile.batch * params.shape.num_heads + visit.head);
+/// From scores and dP - softmax_d to P and dS, which go to shared memory as 16-bit tiles. `kept` is
+/// KeptElements, or null without dropout.
+template <class Traits, int kM, int kN, class Kept>
+__device__ __forceinline__ void store_gradients(
+    float const (&scores)[kM][kN][4], float const (&dp)[kM][kN][4], float const (&lse_log2)[kM][2],
+    float scale_log2, FragmentWriter<typename Traits::TileS> const& writer, Kept const& kept) {
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
+  for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int n = 0; n < kN; n += 2) {
-        lane.visit_block(place.first_row + m * place.row_step,
-                         place.first_col + n / 2 * place.col_step,
-                         [&](int half, int e) { dropped |= 1u << ((m * kN + n + half) * 4 + e); });
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float p[2], ds[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          p[e] = exp2_approx(fmaf(scores[m][n][2 * half + e], scale_log2, -lse_log2[m][half]));
+          ds[e] = p[e] * dp[m][n][2 * half + e];
+        }
+        uint32_t packed_p = pack2<Traits::kDType>(p[0], p[1]);
+        if constexpr (!std::is_null_pointer_v<Kept>) {
+          packed_p &= kept.pair_mask(m, n, half);
+        }
+        uint32_t const address = writer.at(m * 16 * Traits::kWarpsMS + half * 8,
+                                           n / 2 * 16 * Traits::kWarpsNS + n % 2 * 8);
+        store_shared(address + Traits::kSmemP, packed_p);
+        store_shared(address + Traits::kSmemDS, pack2<Traits::kDType>(ds[0], ds[1]));
       }
     }
   }
-  head.for_each_element<kM, kN>(place, [&](int m, int n, int e, float distance) {
-    bool const is_dropped = (dropped >> ((m * kN + n) * 4 + e) & 1) != 0;
-    float const score = scores[m][n][e];
-    float const p = exp2_approx(fmaf(score, kLog2E, -lse_log2[m][e / 2]));
-    float const kept_dp = is_dropped ? 0.f : dp[m][n][e] * params.dropout.scale;
-    scores[m][n][e] = is_dropped ? 0.f : p;
-    dp[m][n][e] = p * head.derivative(score, distance) * (kept_dp + minus_d[m][e / 2]);
-  });
 }
 
-/// S = Q K^T, dP - softmax_d = dO V^T - softmax_d; leaves P and dS in shared memory as 16-bit
-/// tiles.
+/// S = Q K^T, dP - softmax_d = dO V^T - softmax_d; leaves P and dS in shared memory.
 template <class Traits>
-__device__ __forceinline__ void scores(BackwardParams const& params, RowStats const* row_stats,
-                                       uint32_t smem, KeyTile const& tile, QueryVisit const& visit,
-                                       int stage) {
+__device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey const& dropout_key,
+                                       RowStats const* row_stats, uint32_t smem,
+                                       KeyTile const& tile, QueryVisit const& visit, int stage) {
   constexpr BackwardConfig kConfig = Traits::kConfig;
   constexpr int kRowStep = 16 * Traits::kWarpsMS, kColStep = 16 * Traits::kWarpsNS;
   using ReadRows = PieceReader<typename Traits::TileQ, Operand::kA>;
@@ -232,7 +227,8 @@ __device__ __forceinline__ void scores(BackwardParams const& params, RowStats co
   };
   clear(acc_s);
   add_product(acc_s, smem + Traits::kSmemQ + stage_bytes, smem + Traits::kSmemK);
-  if constexpr (kConfig.extras) {
+  bool const has_dropout = kConfig.extras && params.dropout.rng_state != nullptr;
+  if (has_dropout) {
     clear(acc_dp);  // dropout comes before softmax_d
   } else {
     set_rows(acc_dp, minus_d);
@@ -242,38 +238,28 @@ __device__ __forceinline__ void scores(BackwardParams const& params, RowStats co
   Sequence const& sequence = tile.sequence;
   PiecePlacement const place{first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n,
                              kColStep};
+  float const slope = kConfig.extras ? alibi_slope(params.scores, tile.batch, visit.head) : 0.f;
   if constexpr (kConfig.extras) {
-    apply_options(acc_s, place, head_scores(params, tile, visit));
+    apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
   }
   if (visit.m_block < tile.full.min || visit.m_block >= tile.full.max) {
     apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
   }
-  if constexpr (kConfig.extras) {
-    extra_gradients<Traits>(params, tile, visit, head_scores(params, tile, visit), place, lse_log2,
-                            minus_d, acc_s, acc_dp);
-  }
-
-  float const scale_log2 = params.softmax_scale * kLog2E;
+  float scale_log2 = params.softmax_scale * kLog2E;
   FragmentWriter<typename Traits::TileS> const writer(smem, 16 * warp_m, 16 * warp_n, thread_idx);
-#pragma unroll
-  for (int m = 0; m < Traits::kMS; ++m) {
-#pragma unroll
-    for (int n = 0; n < 2 * Traits::kNS; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float p[2], ds[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float const s = acc_s[m][n][2 * half + e], dp = acc_dp[m][n][2 * half + e];
-          p[e] = kConfig.extras ? s : exp2_approx(fmaf(s, scale_log2, -lse_log2[m][half]));
-          ds[e] = kConfig.extras ? dp : p[e] * dp;
-        }
-        uint32_t const address = writer.at(m * kRowStep + half * 8, n / 2 * kColStep + n % 2 * 8);
-        store_shared(address + Traits::kSmemP, pack2<Traits::kDType>(p[0], p[1]));
-        store_shared(address + Traits::kSmemDS, pack2<Traits::kDType>(ds[0], ds[1]));
-      }
+  if constexpr (kConfig.extras) {
+    scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
+    if (has_dropout) {
+      KeptElements<Traits::kMS, Traits::kNS> const kept(
+          params.dropout, dropout_key, tile.batch * params.shape.num_heads + visit.head, place);
+      drop_dp(acc_dp, kept, params.dropout.scale, minus_d);
+      multiply_by_derivative(acc_dp, acc_s, place, params, slope, sequence);
+      store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, kept);
+      return;
     }
+    multiply_by_derivative(acc_dp, acc_s, place, params, slope, sequence);
   }
+  store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, nullptr);
 }
 
 /// acc += tile_s^T rows: dV with (P, dO), dK with (dS, Q).
@@ -391,6 +377,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   float acc_dk[Traits::kNDkv][2 * Traits::kDDkv][4], acc_dv[Traits::kNDkv][2 * Traits::kDDkv][4];
   clear(acc_dk);
   clear(acc_dv);
+  DropoutKey const dropout_key(kConfig.extras ? params.dropout : Dropout{});
   for (; visits_left > 0; --visits_left) {
     QueryVisit const visit = next_visit;
     next_visit = tile.after(visit);
@@ -407,7 +394,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     };
     cp_async_wait<0>();
     __syncthreads();  // this visit's Q, dO are there; every warp is done with the previous visit
-    scores<Traits>(params, workspace.row_stats + first_row(), smem, tile, visit, stage);
+    scores<Traits>(params, dropout_key, workspace.row_stats + first_row(), smem, tile, visit,
+                   stage);
     __syncthreads();  // P and dS are complete
 
     if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDv) {

@@ -11,6 +11,7 @@
 #include "arith/block_range.h"
 #include "config/forward_config.h"
 #include "device/copy.cuh"
+#include "device/dropout.cuh"
 #include "device/mma.cuh"
 #include "device/score_options.cuh"
 #include "device/tile_source.h"
@@ -98,7 +99,8 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
       params.softmax_lse +
       (int64_t(sequence.entry_q) * shape.num_heads + tile.head) * shape.seqlen_q + sequence.first_q;
   float const* const sink = params.sink == nullptr ? nullptr : params.sink + tile.head;
-  float const max_scale = Traits::kConfig.extras ? 1.f : params.softmax_scale;
+  float const max_scale = Traits::kConfig.extras ? score_unit(params.scores, params.softmax_scale)
+                                                 : params.softmax_scale;
   int const thread_idx = fresh_thread_idx();
   int const warp_idx = thread_idx / 32, lane_idx = thread_idx % 32;
   FragmentWriter<TileQ> const writer(warp.smem, 16 * warp_idx, 0, thread_idx);
@@ -166,6 +168,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     }
   };
 
+  float const slope =
+      kConfig.extras ? uniform(alibi_slope(params.scores, tile.batch, tile.head)) : 0.f;
+  DropoutKey const dropout_key(kConfig.extras ? params.dropout : Dropout{});
   ForwardWarp<Traits> warp(smem);
   if (visible.max > visible.min) {
     GlobalRows const q(params.q, sequence.entry_q, tile.head, sequence.first_q, sequence.seqlen_q,
@@ -189,10 +194,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                                n_block * kConfig.tile_n, 16};
     float scale_log2 = params.softmax_scale * kLog2E;
     if constexpr (kConfig.extras) {
-      apply_options(
-          acc_s, place,
-          HeadScores(params.scores, params.softmax_scale, tile.batch, tile.head, sequence));
-      scale_log2 = kLog2E;
+      apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
+      scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
     }
     if (n_block < full.min || n_block >= full.max) {
       apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
@@ -201,7 +204,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     Piece p[Traits::kPiecesM][Traits::kPiecesN];
     warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
     if (kConfig.extras && params.dropout.rng_state != nullptr) {
-      drop(p, place, DropoutLane(params.dropout, tile.batch * shape.num_heads + tile.head));
+      int const batch_head = tile.batch * shape.num_heads + tile.head;
+      drop(p, KeptElements<Traits::kPiecesM, Traits::kPiecesN>(params.dropout, dropout_key,
+                                                               batch_head, place));
     }
     if constexpr (kConfig.late_copy) {
       swap_k_for_v(n_block);
