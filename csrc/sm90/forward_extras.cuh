@@ -3,18 +3,10 @@
 #pragma once
 
 #include "arith/dropout.h"
-#include "device/element.cuh"
+#include "device/softcap.cuh"
 #include "params.h"
 
 namespace flash::sm90 {
-
-/// To fp32's rounding next to 1: tanh.approx, which takes the special function unit once instead of
-/// twice, is off by 2^-11, and softmax_lse with it.
-__device__ __forceinline__ float tanh_by_exp(float x) {
-  float reciprocal;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(reciprocal) : "f"(exp2_approx(x * (2.f * kLog2E)) + 1.f));
-  return fmaf(-2.f, reciprocal, 1.f);
-}
 
 /// Products q k^T to scores. `diagonal` is the column on which row 0 lies.
 template <int kN>
@@ -23,15 +15,17 @@ __device__ __forceinline__ void apply_options(float (&scores)[kN][4], ScoreOptio
                                               int first_row, int first_col, int diagonal) {
   float scale = softmax_scale;
   if (options.softcap != 0.f) {
-    float const inner_scale = softmax_scale / options.softcap;
-    scale = options.softcap;
+    auto const for_each = [&](auto const& visit) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+      for (int n = 0; n < kN; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[n][i] = tanh_by_exp(scores[n][i] * inner_scale);
+        for (int i = 0; i < 4; ++i) {
+          visit(scores[n][i]);
+        }
       }
-    }
+    };
+    apply_softcap(for_each, softmax_scale, options.softcap);
+    scale = options.softcap;
   }
   float slope = 0.f;
   if (options.alibi_slopes != nullptr) {
