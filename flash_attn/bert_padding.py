@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 def index_first_axis(x: Tensor, indices: Tensor) -> Tensor:
-    """x[indices]: rows of x, (rows, ...), by number, (total,) int64."""
+    """x[indices]: rows of x, (rows, ...), by number, (total,) int64 or int32."""
     return x.index_select(0, indices)
 
 
 def index_put_first_axis(values: Tensor, indices: Tensor, first_axis_dim: int) -> Tensor:
     """(first_axis_dim, ...) with values, (total, ...), at rows indices, each once; else zeros."""
     padded = values.new_zeros((first_axis_dim, *values.shape[1:]))
-    return padded.index_copy(0, indices, values)
+    return padded.index_copy(0, indices.long(), values)  # callers decode with int32 borders as rows
 
 
 def index_first_axis_residual(x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def pad_input(hidden_states: Tensor, indices: Tensor, batch: int, seqlen: int) -
 
     Args:
         hidden_states: (total, ...).
-        indices: (total,) int64, as unpad_input() returned them.
+        indices: (total,) int64 or int32, as unpad_input() returned them.
         batch, seqlen: of the padded batch.
 
     Returns:

@@ -76,9 +76,21 @@ def test_concatenated_sequences() -> None:
     assert torch.equal(tokens, x.flatten(0, 1)[indices])
 
 
-def test_rows_by_number() -> None:
+@on_devices
+def test_one_token_a_sequence_by_its_border(device: str) -> None:
+    """As transformers decodes a padded batch: cu_seqlens without its end are the rows, int32."""
+    tokens = torch.randn(3, 2, 4, device=device, requires_grad=True)
+    cu_seqlens = torch.arange(4, dtype=torch.int32, device=device)
+    padded = pad_input(tokens, cu_seqlens[:-1], 3, 1)
+    assert torch.equal(padded, tokens[:, None])
+    gradient = torch.randn_like(padded)
+    assert torch.equal(torch.autograd.grad(padded, tokens, gradient)[0], gradient[:, 0])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+def test_rows_by_number(dtype: torch.dtype) -> None:
     x = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
-    indices = torch.tensor([4, 0, 3])
+    indices = torch.tensor([4, 0, 3], dtype=dtype)
     assert torch.autograd.gradcheck(lambda t: index_first_axis(t, indices), x)
     values = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: index_put_first_axis(t, indices, 6), values)

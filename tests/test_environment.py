@@ -1,6 +1,7 @@
 """What the CPU tests import is there: elsewhere in tests/ a missing package only skips.
 
-GPU tests run on machines that have pytest and torch and nothing else of this.
+GPU tests run on machines that have pytest and torch and nothing else of this; transformers is for
+them alone.
 """
 
 from __future__ import annotations
