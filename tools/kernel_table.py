@@ -78,7 +78,8 @@ def label_of(row: Any) -> str:
     head_dim_v = getattr(row, "head_dim_v", row.head_dim)
     head_dims = f"{row.head_dim}" + (f"/{head_dim_v}" if head_dim_v != row.head_dim else "")
     mask = f" {row.mask.name}" if hasattr(row, "mask") else ""
-    return f"{head_dims} {row.dtype.name}{mask}" + " extras" * row.extras
+    extras = " extras" if row.extras else ""
+    return f"{head_dims} {row.dtype.name}{mask}{extras}"
 
 
 def lines_of(unit: dict[str, Any], host: Any) -> list[tuple[str, ...]]:
