@@ -1,7 +1,7 @@
 """Timing beside other implementations of attention, on the GPU or without one on the CPU.
 
 python -m benchmarks                            every benchmark for this machine
-python -m benchmarks attention [option ...]     TFLOP/s of one call, grids of problems
+python -m benchmarks attention [option ...]     TFLOP/s of one call: dense, packed, with options
 python -m benchmarks host [option ...]          host microseconds of one call
 python -m benchmarks cpu [option ...]           the CPU backend beside PyTorch's own
 python -m benchmarks builds OLD.so NEW.so ...   two builds of this package: before and after

@@ -3,19 +3,25 @@
     python -m benchmarks attention                                   # the paper's grid, fwd and bwd
     python -m benchmarks attention --head-dims 128 --seqlens 512,16384 --causal 1 --passes bwd
     python -m benchmarks attention --grid gqa,hdim --contenders ours,fa2
+    python -m benchmarks attention --grid varlen                     # packed sequences
+    python -m benchmarks attention --grid options                    # softcap, ALiBi, dropout, sink
     python -m benchmarks attention --json run.json --png run
     python -m benchmarks attention --from run.json --png run
 
-Contenders: ours; sm80, which is ours without the kernels of newer GPUs; fa2, cudnn and sdpa, which
-are PyTorch's FlashAttention-2, PyTorch's cuDNN attention and whatever PyTorch picks itself; fa3 and
-fa4, FlashAttention-3 and -4, where a module peer_fa3 or flash_attn.cute can be imported; ours_det
-and fa3_det, with deterministic gradients. "best" is the fastest of those that are not ours.
+Contenders: ours; sm80, which is ours without the kernels of newer GPUs; dense, which is ours with
+packed sequences of equal lengths as a dense batch; fa2, cudnn and sdpa, which are PyTorch's
+FlashAttention-2, PyTorch's cuDNN attention and whatever PyTorch picks itself; fa3 and fa4,
+FlashAttention-3 and -4, where a module peer_fa3 or flash_attn.cute can be imported; ours_det and
+fa3_det, with deterministic gradients. "best" is the fastest of those that are not ours. A contender
+that does not know an option of a problem has no figure there.
 
-Times are medians of interleaved rounds on random tensors; rounds end once every median is known to
-half a percent. The results of every contender are checked against an fp32 reference in the same
-run. The table comes last, also after Ctrl-C or SIGTERM, with what was measured until then: TFLOP/s,
-ours over each other contender, and the share of the roofline that ours reaches: the least time is
-max(FLOP / measured rate of an 8192^3 matrix product, least bytes / measured bandwidth of a copy).
+Times are medians of interleaved rounds on random tensors, backward for the gradients of q, k and v;
+rounds end once every median is known to half a percent. The results of every contender are checked
+against an fp32 reference in the same run; with dropout, where each draws bits of its own, how far
+they are from it on the average and how much they scatter. The table comes last, also after Ctrl-C
+or SIGTERM, with what was measured until then: TFLOP/s, ours over each other contender, and the
+share of the roofline that ours reaches: the least time is max(FLOP / measured rate of an 8192^3
+matrix product, least bytes / measured bandwidth of a copy).
 Exits with 1 if a result is wrong, if ours fails, or if the run was stopped.
 """
 
@@ -25,18 +31,13 @@ import argparse
 import json
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import (
-    CONTENDERS,
-    ERROR_BOUND,
-    Contender,
-    largest_error,
-    load,
-    sampled_references,
-)
+from checks import Sample, error_bound, largest_error, sampled_references
+from contenders import CONTENDERS, Contender, load
 from options import add_problems, make_parser, names_of, parse_problems
 from problems import Problem
 from tables import plot, report
@@ -44,6 +45,13 @@ from timing import Call, Clock, Roofline, clock_for, interleaved, measure_roofli
 from torch import Tensor
 
 NAMES = ("out", "dq", "dk", "dv")
+
+# On a GPU, where no contenders are named.
+USUAL = ("ours", "fa2", "cudnn", "fa3")
+OF_GRID = {
+    "varlen": ("ours", "sm80", "dense", "fa2", "fa3"),
+    "options": ("ours", "sm80", "fa2", "fa3"),
+}
 
 
 def prepare(
@@ -75,7 +83,7 @@ def measure(
     pass_name: str,
     contenders: dict[str, Contender],
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
-    references: list[tuple[int, int, dict[str, Tensor]]],
+    references: list[Sample],
     *,
     clock: Clock,
     roofline: Roofline,
@@ -97,10 +105,10 @@ def measure(
     times = interleaved(calls, clock, selected, rounds=rounds, target_ms=target_ms)
     flop = problem.flop(pass_name)
     least_bytes = problem.least_bytes(pass_name, tensors[0].element_size())
-    bound = ERROR_BOUND[tensors[0].dtype]
+    bound = error_bound(problem, tensors[0].dtype)
     return {
         "pass": pass_name,
-        "problem": vars(problem),
+        "problem": asdict(problem),
         "name": problem.name(),
         "tflops": {name: flop / ms / 1e9 for name, ms in times.items()},
         "ms": times,
@@ -111,18 +119,30 @@ def measure(
     }
 
 
+def default_contenders(grids: list[str], on_gpu: bool) -> list[str]:
+    """What there is to compare with on those grids."""
+    if not on_gpu:
+        return ["ours", "sdpa"]
+    return list(dict.fromkeys(name for grid in grids for name in OF_GRID.get(grid, USUAL)))
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser("attention", __doc__)
     add_problems(parser, cpu_grid="tiny")
     add = parser.add_argument
-    default = "ours,fa2,cudnn,fa3" if torch.cuda.is_available() else "ours,sdpa"
-    add("--contenders", type=names_of, default=default,
-        help=f"of {', '.join(CONTENDERS)}; default here: %(default)s")  # fmt: skip
+    on_gpu = torch.cuda.is_available()
+    defaults = {grid: ",".join(default_contenders([grid], on_gpu)) for grid in ("paper", *OF_GRID)}
+    more = "".join(f"; {grid}: {defaults[grid]}" for grid in OF_GRID if on_gpu)
+    add("--contenders", type=names_of,
+        help=f"of {', '.join(CONTENDERS)}; default here: {defaults['paper']}{more}")  # fmt: skip
     add("--json", type=Path, help="also write everything measured here")
     add("--png", type=Path, metavar="PREFIX", help="also plot, one picture a pass")
     add("--from", dest="source", type=Path, metavar="JSON",
         help="show a --json file instead of measuring")  # fmt: skip
-    return parse_problems(parser, arguments, contenders=CONTENDERS)
+    args = parse_problems(parser, arguments, contenders=CONTENDERS)
+    if args.contenders is None:
+        args.contenders = default_contenders(args.grid, on_gpu)
+    return args
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:

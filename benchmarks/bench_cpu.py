@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from bench_attention import measure
-from contenders import Contender, load, sampled_references
+from checks import sampled_references
+from contenders import Contender, load
 from options import make_parser, names_of
 from problems import MATMULS, Problem
 from timing import Roofline, WallClock

@@ -73,9 +73,7 @@ def serve(module: str, device: str, dtype: str) -> int:
         request = json.loads(line)
         if "problem" in request:
             torch.manual_seed(0)
-            problem = Problem(
-                **request["problem"] | {"window": tuple(request["problem"]["window"])}
-            )
+            problem = Problem.from_json(request["problem"])
             tensors = problem.tensors(device, getattr(torch, dtype))
             call, _ = prepare(contender, request["pass_name"], tensors, problem)
         print(clock.ms(call, request["iterations"]), flush=True)
@@ -132,14 +130,15 @@ def main(arguments: list[str]) -> int:
         old.close()
         new.close()
     print(f"{args.device}, torch {torch.__version__}, {args.dtype}")
-    print(f"{'':31} {'new, ms':>9}  new / old (least and most of the pairs of processes)")
+    width = max(26, *(len(problem.name()) for problem in args.problems))
+    print(f"{'':{width + 5}} {'new, ms':>9}  new / old (least and most of the pairs of processes)")
     medians: dict[str, list[float]] = {pass_name: [] for pass_name in args.passes}
     for (pass_name, problem), of_pairs in ratios.items():
         median = statistics.median(ratio for of_pair in of_pairs for ratio in of_pair)
         medians[pass_name].append(median)
         ends = sorted(map(statistics.median, of_pairs))
         figures = f"{least[pass_name, problem]:9.3f}  {median:.3f} ({ends[0]:.3f} {ends[-1]:.3f})"
-        print(f"{pass_name:4} {problem.name():26} {figures}")
+        print(f"{pass_name:4} {problem.name():{width}} {figures}")
     for pass_name, values in medians.items():
         mean = statistics.geometric_mean(values)
         print(f"{pass_name} new / old: geometric mean {mean:.3f}, most {max(values):.3f}")

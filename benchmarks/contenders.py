@@ -1,12 +1,11 @@
-"""The implementations that are timed against each other, and the check that each is right."""
+"""The implementations that are timed against each other."""
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,8 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 @dataclass(frozen=True)
 class Contender:
-    """A differentiable function (q, k, v, problem) -> out of (batch, seqlen, heads, head_dim)
-    tensors, of whose problem it reads the mask; calls are made inside of selected()."""
+    """A differentiable function (q, k, v, problem) -> out of the problem's tensors, of which it
+    reads the mask, the options and how they are packed; calls are made inside of selected()."""
 
     attention: Callable[[Tensor, Tensor, Tensor, Problem], Tensor]
     # Entered around many calls, because entering may cost twice as much as a small call.
@@ -29,20 +28,41 @@ class Contender:
         return self.attention(q, k, v, problem)
 
 
-# Error norm relative to the result's norm, above which a contender counts as wrong. Rounding the
-# probabilities and the result to 16 bits gives a fifth to a third of it.
-ERROR_BOUND = {torch.float32: 1e-4, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+def refuse(problem: Problem, *, knows: Collection[str], packed: bool, window: bool) -> None:
+    """Raises for what a contender does not know, so that it gets no figure."""
+    if problem.window != (-1, -1) and not window:
+        raise NotImplementedError("no windows")
+    if problem.is_plain:
+        return
+    if problem.seqlens and not packed:
+        raise NotImplementedError("no packed sequences")
+    for name in ("softcap", "alibi", "dropout_p", "sink"):
+        if getattr(problem, name) and name not in knows:
+            raise NotImplementedError(f"no {name}")
+
+
+def fa2_packed(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """PyTorch's FlashAttention-2 of packed sequences, differentiable."""
+    refuse(problem, knows=("dropout_p",), packed=True, window=False)
+    borders, longest = problem.borders(q.device), problem.seqlen_q
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, borders, borders, longest, longest, problem.dropout_p, problem.causal, False
+    )[0]
 
 
 def sdpa(*backends: SDPBackend) -> Contender:
     """PyTorch's attention, restricted to the backends if any are named."""
+    is_fa2 = backends == (SDPBackend.FLASH_ATTENTION,)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
-        if problem.window != (-1, -1):
-            raise NotImplementedError("no windows")
+        if is_fa2 and problem.seqlens:
+            return fa2_packed(q, k, v, problem)
+        refuse(problem, knows=("dropout_p",), packed=False, window=False)
         grouped = q.shape[2] != k.shape[2]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=problem.causal, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=problem.causal, dropout_p=problem.dropout_p, enable_gqa=grouped
+        )
         return out.transpose(1, 2)
 
     if not backends:
@@ -50,29 +70,60 @@ def sdpa(*backends: SDPBackend) -> Contender:
     return Contender(attention, lambda: sdpa_kernel(list(backends)))
 
 
-def with_mask(flash_attn_func: Callable[..., Tensor], **options: bool) -> Callable[..., Tensor]:
-    """A function with the keyword arguments that FlashAttention's functions share."""
-    return lambda q, k, v, problem: flash_attn_func(
-        q, k, v, causal=problem.causal, window_size=problem.window, **options
-    )
+def with_mask(
+    dense: Callable[..., Tensor], packed: Callable[..., Tensor], **options: bool
+) -> Callable[..., Tensor]:
+    """Two functions with the arguments that FlashAttention's functions share, by the problem."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        keywords = dict(causal=problem.causal, window_size=problem.window, **options)
+        if problem.is_plain:
+            return dense(q, k, v, **keywords)
+        keywords |= problem.options(q.device)
+        if not problem.seqlens:
+            return dense(q, k, v, **keywords)
+        borders, longest = problem.borders(q.device), problem.seqlen_q
+        return packed(q, k, v, borders, borders, longest, longest, **keywords)
+
+    return attention
 
 
 def ours(newest_kernel_family: int | None = None, **options: bool) -> Contender:
-    from flash_attn import flash_attn_func, ops
+    from flash_attn import flash_attn_func, flash_attn_varlen_func, ops
 
     if ops.load_error is not None:
         raise ImportError(ops.load_error)
-    attention = with_mask(flash_attn_func, **options)
+    attention = with_mask(flash_attn_func, flash_attn_varlen_func, **options)
     if newest_kernel_family is None:
         return Contender(attention)
     return Contender(attention, lambda: ops.newest_kernel_family(newest_kernel_family))
 
 
+def ours_dense() -> Contender:
+    """Packed sequences of equal lengths as a dense batch: what being packed costs."""
+    contender = ours()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        if len(set(problem.seqlens)) != 1:
+            raise NotImplementedError("for packed sequences of equal lengths")
+        batch = (problem.batch_size, problem.seqlen_q)
+        dense = replace(problem, seqlens=())
+        return contender(*(x.unflatten(0, batch) for x in (q, k, v)), dense).flatten(0, 1)
+
+    return Contender(attention)
+
+
 def fa3(**options: bool) -> Contender:
     """FlashAttention-3 as a module `peer_fa3` on the path."""
-    from peer_fa3 import flash_attn_func
+    from peer_fa3 import flash_attn_func, flash_attn_varlen_func
 
-    return Contender(with_mask(flash_attn_func, **options))
+    with_options = with_mask(flash_attn_func, flash_attn_varlen_func, **options)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        refuse(problem, knows=("softcap",), packed=True, window=True)
+        return with_options(q, k, v, problem)
+
+    return Contender(attention)
 
 
 def fa4() -> Contender:
@@ -80,6 +131,7 @@ def fa4() -> Contender:
     from flash_attn.cute import flash_attn_func
 
     def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        refuse(problem, knows=(), packed=False, window=True)
         window = tuple(None if bound < 0 else bound for bound in problem.window)
         return flash_attn_func(q, k, v, causal=problem.causal, window_size=window)[0]
 
@@ -89,6 +141,7 @@ def fa4() -> Contender:
 CONTENDERS: dict[str, Callable[[], Contender]] = {
     "ours": ours,
     "ours_det": lambda: ours(deterministic=True),
+    "dense": ours_dense,
     "sm80": lambda: ours(newest_kernel_family=80),
     "fa2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
     "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
@@ -110,67 +163,3 @@ def load(names: list[str]) -> tuple[dict[str, Contender], dict[str, str]]:
         except (ImportError, OSError, RuntimeError) as error:
             why_not[name] = f"{type(error).__name__}: {error}"
     return contenders, why_not
-
-
-def reference(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, problem: Problem, rows: int = 2048
-) -> dict[str, Tensor]:
-    """out, dq, dk, dv of one key head in fp32: q, dout (seqlen_q, heads, head_dim), k, v (seqlen_k,
-    head_dim). Of the problem it reads the mask; goes through `rows` queries at a time."""
-    q, k, v, dout = (x.float() for x in (q, k, v, dout))
-    seqlen_q, num_heads, head_dim = q.shape
-    scale = 1 / math.sqrt(head_dim)
-    out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
-    left, right = problem.window[0], 0 if problem.causal else problem.window[1]
-    columns = torch.arange(len(k), device=q.device)
-    for head in range(num_heads):
-        for start in range(0, seqlen_q, rows):
-            part = slice(start, start + rows)
-            scores = scale * q[part, head] @ k.T
-            row = torch.arange(start, start + len(scores), device=q.device)[:, None]
-            distance = columns - (row + len(k) - seqlen_q)
-            if left >= 0:
-                scores.masked_fill_(distance < -left, -math.inf)
-            if right >= 0:
-                scores.masked_fill_(distance > right, -math.inf)
-            p = scores.softmax(-1)
-            out[part, head] = p @ v
-            dp = dout[part, head] @ v.T
-            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
-            dq[part, head] = scale * ds @ k
-            dk += scale * ds.T @ q[part, head]
-            dv += p.T @ dout[part, head]
-    return {"out": out, "dq": dq, "dk": dk, "dv": dv}
-
-
-def sampled_references(
-    problem: Problem, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
-) -> list[tuple[int, int, dict[str, Tensor]]]:
-    """(batch, key head, reference) of the first and the last key head."""
-    ends = {(0, 0), (problem.batch_size - 1, problem.num_heads_k - 1)}
-    with torch.no_grad():
-        return [
-            (b, h, reference(q[b, :, query_heads(problem, h)], k[b, :, h], v[b, :, h],
-                             dout[b, :, query_heads(problem, h)], problem))
-            for b, h in sorted(ends)
-        ]  # fmt: skip
-
-
-def query_heads(problem: Problem, key_head: int) -> slice:
-    group = problem.num_heads // problem.num_heads_k
-    return slice(key_head * group, (key_head + 1) * group)
-
-
-def largest_error(
-    problem: Problem,
-    results: dict[str, Tensor],
-    references: list[tuple[int, int, dict[str, Tensor]]],
-) -> float:
-    """Largest relative error of whichever of out, dq, dk, dv `results` holds; NaN stays NaN."""
-    errors = []
-    for name, result in results.items():
-        for batch, head, want in references:
-            heads = query_heads(problem, head) if name in ("out", "dq") else head
-            difference = (result[batch, :, heads].float() - want[name]).norm()
-            errors.append(float(difference / want[name].norm()))
-    return math.nan if any(map(math.isnan, errors)) else max(errors)

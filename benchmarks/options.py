@@ -29,7 +29,12 @@ def add_problems(parser: argparse.ArgumentParser, cpu_grid: str) -> None:
         help=f"of {', '.join(GRIDS)}; default here: %(default)s")  # fmt: skip
     add("--head-dims", type=names_of, help="only these of the grid")
     add("--seqlens", type=names_of, help="only these numbers of queries of the grid")
-    add("--causal", type=names_of, default="0,1", help="0, 1, or both: the default")
+    add(
+        "--causal",
+        type=names_of,
+        default="0,1",
+        help="0, 1, or both: the default, where the grid has no mask",
+    )
     add("--passes", type=names_of, default="fwd,bwd", help="fwd, bwd, or both: the default")
     add("--dtype", choices=["bfloat16", "float16", "float32"],
         default="bfloat16" if on_gpu else "float32")  # fmt: skip
@@ -44,7 +49,7 @@ def parse_problems(
     """The options with `problems`, those of the grid that are left; `more` are names to check."""
     args = parser.parse_args(arguments)
     for option, known in {"grid": GRIDS, "passes": MATMULS, "causal": ("0", "1"), **more}.items():
-        for name in getattr(args, option):
+        for name in getattr(args, option) or ():
             if name not in known:
                 parser.error(f"--{option}: expected names out of {', '.join(known)}, got {name}")
     args.problems = [

@@ -10,7 +10,8 @@ from typing import Any
 Row = dict[str, Any]
 
 BEST = "best"  # stands for the fastest right contender of each row that is not ours
-OURS = ("ours", "ours_det", "sm80")
+OURS = ("ours", "ours_det", "sm80", "dense")
+NAME_WIDTH = 27  # of a problem, where no longer one is in the table
 
 
 def best_other(row: Row) -> str | None:
@@ -42,19 +43,21 @@ def others_of(contenders: list[str]) -> list[str]:
     return [*others, BEST] if len([name for name in others if name not in OURS]) > 1 else others
 
 
-def header(contenders: list[str]) -> str:
+def header(contenders: list[str], name_width: int = NAME_WIDTH) -> str:
     rates = "".join(f"{name:>7}" for name in contenders)
     ratios = "".join(f"{name:>6}" for name in others_of(contenders))
-    return f"{'TFLOP/s':32}{rates} | ours /{ratios}  roof   error"
+    return f"{'TFLOP/s':{name_width + 5}}{rates} | ours /{ratios}  roof   error"
 
 
-def row_text(row: Row, contenders: list[str]) -> str:
+def row_text(row: Row, contenders: list[str], name_width: int = NAME_WIDTH) -> str:
     rates = "".join(text_of(row["tflops"].get(name), ".3g", 7) for name in contenders)
     ratios = "".join(text_of(ratio(row, name), ".2f", 6) for name in others_of(contenders))
     share = text_of(roofline_share(row), ".0%", 6)
     error = text_of(row["errors"].get("ours"), ".0e", 8)
     wrong = "".join(f"  WRONG: {name} {row['errors'][name]:.1e}" for name in row["wrong"])
-    return f"{row['pass']:4} {row['name']:27}{rates} |       {ratios}{share}{error}{wrong}"
+    return (
+        f"{row['pass']:4} {row['name']:{name_width}}{rates} |       {ratios}{share}{error}{wrong}"
+    )
 
 
 def means_text(rows: list[Row], label: str, others: list[str]) -> str:
@@ -114,12 +117,13 @@ def summary(result: dict[str, Any]) -> Iterator[str]:
 
 def report(result: dict[str, Any]) -> str:
     roofline, contenders = result["roofline"], result["contenders"]
+    width = max([NAME_WIDTH, *(len(row["name"]) for row in result["rows"])])
     lines = [
         f"{result['where']}, torch {result['torch']}, {result['dtype']}; matrix product "
         f"{roofline['flop_per_ms'] / 1e9:.3g} TFLOP/s, copy "
         f"{roofline['bytes_per_ms'] / 1e9:.3g} TB/s",
-        header(contenders),
-        *(row_text(row, contenders) for row in result["rows"]),
+        header(contenders, width),
+        *(row_text(row, contenders, width) for row in result["rows"]),
         *summary(result),
     ]
     return "\n".join(lines)

@@ -86,7 +86,7 @@ def test_visible_pairs_of_a_window(causal: bool, window: tuple[int, int]) -> Non
 @pytest.mark.parametrize(("causal", "window"), MASKS)
 @pytest.mark.parametrize("rows", [5, 64])
 def test_reference_is_what_autograd_gives(causal: bool, window: tuple[int, int], rows: int) -> None:
-    from contenders import reference
+    from checks import reference
     from problems import Problem
 
     q, k, v, dout = (torch.randn(24, *rest) for rest in ((3, 16), (16,), (8,), (3, 8)))
@@ -226,7 +226,8 @@ def test_the_report_of_a_stopped_run_says_so() -> None:
 
 def test_wrong_and_failing_contenders_are_found() -> None:
     from bench_attention import measure
-    from contenders import Contender, sampled_references, sdpa
+    from checks import sampled_references
+    from contenders import Contender, sdpa
     from problems import Problem
     from timing import Roofline, WallClock
 
