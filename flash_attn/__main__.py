@@ -203,13 +203,17 @@ def make_report() -> Report:
 
 
 def summary_of_rows(rows: list[str]) -> list[str]:
-    """Rows such as "fwd/sm80/64/bf16" in one line for each pass and family."""
+    """Rows such as "fwd/sm80/64/bf16/extras" in one line for each pass and family."""
     lines = []
-    for prefix in sorted({row.rsplit("/", 2)[0] for row in rows}, reverse=True):
+    for prefix in sorted({"/".join(row.split("/")[:2]) for row in rows}, reverse=True):
         parts = [row.split("/")[2:] for row in rows if row.startswith(prefix + "/")]
-        head_dims = ", ".join(map(str, sorted({int(head_dim) for head_dim, _ in parts})))
-        dtypes = ", ".join(sorted({dtype for _, dtype in parts}))
-        lines.append(f"{prefix}: head dims up to {head_dims} in {dtypes}")
+        head_dims = ", ".join(map(str, sorted({int(head_dim) for head_dim, *_ in parts})))
+        dtypes = ", ".join(sorted({dtype for _, dtype, *_ in parts}))
+        line = f"{prefix}: head dims up to {head_dims} in {dtypes}"
+        with_extras = [int(head_dim) for head_dim, _, *extras in parts if extras]
+        if with_extras:
+            line += f"; softcap, ALiBi and dropout up to {max(with_extras)}"
+        lines.append(line)
     return lines
 
 

@@ -59,7 +59,7 @@ template <class Config>
 void append_compiled(std::vector<std::string>& names, std::vector<Config> const& rows) {
   for (Config const& row : rows) {
     std::string const name{std::string_view(row.name())};
-    bool const is_listed = !names.empty() && names.back() == name;
+    bool const is_listed = std::find(names.begin(), names.end(), name) != names.end();
     if (is_compiled(name) && !is_listed) {
       names.push_back(name);
     }
