@@ -1,7 +1,7 @@
 """Which probabilities dropout keeps: the same bits in every backend, tile shape and pass.
 
 The bits are a pure function of the random state and an element's batch entry, head, query and key:
-Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), one call for
+Philox4x32-7 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), one call for
 a patch of 2 x 2 elements in each of four quarters of a 16 x 16 tile, a byte an element.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 _TILE = 16
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -37,7 +37,7 @@ def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Philox4x32-10 of words in int64 tensors of shapes that broadcast: as csrc/arith/philox.h."""
+    """Philox4x32-7 of words in int64 tensors of shapes that broadcast: as csrc/arith/philox.h."""
     x, y, z, w = counter
     key_x, key_y = key
     for _ in range(_ROUNDS):

@@ -41,11 +41,11 @@ class Options:
     sink: Tensor | None = None
 
 
-def philox4x32_10(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox4x32-10 (Salmon et al. 2011) on int64 tensors of 32-bit words."""
+def philox4x32_7(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Philox4x32-7 (Salmon et al. 2011) on int64 tensors of 32-bit words."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         # The low 64 bits of a product are right whatever its sign.
         product0, product2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         high0, high2 = (product >> 32 & _WORD for product in (product0, product2))
@@ -67,7 +67,7 @@ def kept_pairs(
         torch.full_like(row, batch_head),
         torch.full_like(row, offset & _WORD),
     )
-    words = torch.stack(philox4x32_10(counter, (seed & _WORD, seed >> 32 & _WORD)))
+    words = torch.stack(philox4x32_7(counter, (seed & _WORD, seed >> 32 & _WORD)))
     word = words.gather(0, (row // 8 % 2 * 2 + col // 8 % 2).unsqueeze(0)).squeeze(0)
     byte = word >> 8 * (row % 2 * 2 + col % 2) & 255
     return (byte <= int((1 - dropout_p) * 255)).to(rng_state.device)

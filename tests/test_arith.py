@@ -123,22 +123,22 @@ def test_as_many_key_tiles_visit_a_query_tile_as_it_expects(
             )
 
 
-# Known answers of Philox4x32-10, from the Random123 distribution: counter, key, bits.
+# Known answers of Philox4x32-7, from the Random123 distribution: counter, key, bits.
 PHILOX_VECTORS = (
     (
         (0x00000000, 0x00000000, 0x00000000, 0x00000000),
         (0x00000000, 0x00000000),
-        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
     ),
     (
         (0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
         (0xFFFFFFFF, 0xFFFFFFFF),
-        (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        (0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662),
     ),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 )
 
@@ -147,7 +147,7 @@ PHILOX_VECTORS = (
 def test_philox_gives_the_published_answers(
     host: ModuleType, counter: tuple[int, ...], key: tuple[int, ...], bits: tuple[int, ...]
 ) -> None:
-    assert host.philox4x32_10(*counter, *key) == bits
+    assert host.philox4x32_7(*counter, *key) == bits
 
 
 @pytest.mark.parametrize("state", [(0, 0), (12345, 7), (2**40 + 3, 2**33 + 1), (-1, -1)])
@@ -157,7 +157,7 @@ def test_dropout_takes_every_byte_of_a_call_once(host: ModuleType, state: tuple[
     batch_head, rows, cols = 6, 40, 50
     byte = np.full((48, 64), -1)
     for a, b in itertools.product(range(48 // 4), range(64 // 4)):
-        words = host.philox4x32_10(a, b, batch_head, offset % 2**32, seed % 2**32, seed // 2**32)
+        words = host.philox4x32_7(a, b, batch_head, offset % 2**32, seed % 2**32, seed // 2**32)
         first_row, first_col = a // 4 * 16 + a % 4 * 2, b // 4 * 16 + b % 4 * 2
         for (below, right), word in zip(itertools.product((0, 8), (0, 8)), words, strict=True):
             for place, (down, aside) in enumerate(itertools.product((0, 1), (0, 1))):

@@ -19,7 +19,7 @@ from option_problems import (
     op_results,
     score_arguments,
 )
-from reference_options import attention_of_sequences, kept_pairs, philox4x32_10
+from reference_options import attention_of_sequences, kept_pairs, philox4x32_7
 from torch import Tensor
 
 from flash_attn import ops
@@ -84,17 +84,17 @@ def test_problem(problem: Problem, device: str, dtype: torch.dtype) -> None:
     check_problem(problem, dtype, device)
 
 
-# Known answers of Philox4x32-10, from the Random123 distribution: counter, key, bits.
+# Known answers of Philox4x32-7, from the Random123 distribution: counter, key, bits.
 PHILOX_VECTORS = (
     (
         (0, 0, 0, 0),
         (0, 0),
-        (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        (0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48),
     ),
     (
         (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
         (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        (0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A),
     ),
 )
 
@@ -103,7 +103,7 @@ PHILOX_VECTORS = (
 def test_the_philox_of_these_tests_gives_the_published_answers(
     counter: tuple[int, ...], key: tuple[int, int], bits: tuple[int, ...]
 ) -> None:
-    words = philox4x32_10(tuple(torch.tensor([word]) for word in counter), key)
+    words = philox4x32_7(tuple(torch.tensor([word]) for word in counter), key)
     assert tuple(word.item() for word in words) == bits
 
 

@@ -19,7 +19,7 @@ FLASH_HD constexpr Philox4 dropout_bits(int64_t seed, int64_t offset, int batch_
                                         int col) {
   Philox4 const counter{uint32_t(row / 16 * 4 + row % 8 / 2), uint32_t(col / 16 * 4 + col % 8 / 2),
                         uint32_t(batch_head), uint32_t(offset)};
-  return philox4x32_10(counter, uint32_t(seed), uint32_t(uint64_t(seed) >> 32));
+  return philox4x32_7(counter, uint32_t(seed), uint32_t(uint64_t(seed) >> 32));
 }
 
 /// The byte of dropout_bits() that decides the element: its word is chosen by the halves of the

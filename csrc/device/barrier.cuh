@@ -60,6 +60,9 @@ struct Ring {
       phase ^= 1;
     }
   }
+  __device__ __forceinline__ Ring previous() const {
+    return stage == 0 ? Ring{kStages - 1, phase ^ 1} : Ring{stage - 1, phase};
+  }
 };
 
 __device__ __forceinline__ void named_barrier_sync(int barrier, int threads) {

@@ -115,6 +115,60 @@ struct KeptElements {
   }
 };
 
+/// The kept elements of one row of kN pieces of 16 x 16 in a bit each. Transposed, the rows of the
+/// pieces are columns of the score matrix. As in KeptElements the lanes of even and odd g make the
+/// calls of two pieces, but what they exchange is one word: bit j of byte b of it is element b of
+/// word j of the call.
+template <int kN, bool kTransposed>
+struct KeptBits {
+  uint32_t word[(kN + 3) / 4];  // pieces 4w to 4w + 3; two each in the lower and upper nibbles
+
+  __device__ __forceinline__ void keep_all() {
+#pragma unroll
+    for (uint32_t& bits : word) {
+      bits = 0xffffffffu;
+    }
+  }
+  /// Has to be called by whole warps. first_row and first_col, the row and column of the pieces'
+  /// first element, are multiples of 16.
+  __device__ __forceinline__ void find(Dropout const& dropout, DropoutKey const& key,
+                                       int batch_head, int first_row, int first_col) {
+    __builtin_assume(first_row >= 0 && first_row % 16 == 0);
+    __builtin_assume(first_col >= 0 && first_col % 16 == 0);
+    int const lane_idx = fresh_thread_idx() % 32;
+    bool const is_odd = lane_idx / 4 % 2 != 0;
+    int const row = first_row + lane_idx / 4;
+    int const col = first_col + lane_idx % 4 * 2 + (is_odd ? 16 : 0);
+    // The bytes of a lane: 0 and 1 of an even one, 2 and 3 of an odd one; transposed 0 and 2, 1 and
+    // 3. The even lane's call comes first.
+    uint32_t const merge = kTransposed ? (is_odd ? 0x3175 : 0x6420) : (is_odd ? 0x3276 : 0x5410);
+    uint32_t const last_kept = dropout.last_kept_byte * 0x01010101u;
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      Philox4 const bits =
+          key.bits(batch_head, kTransposed ? col + 16 * n : row, kTransposed ? row : col + 16 * n);
+      uint32_t own = kept_signs(bits.x, last_kept) >> 7 & 0x01010101u;
+      own |= kept_signs(bits.y, last_kept) >> 6 & 0x02020202u;
+      own |= kept_signs(bits.z, last_kept) >> 5 & 0x04040404u;
+      own |= kept_signs(bits.w, last_kept) >> 4 & 0x08080808u;
+      uint32_t const pair = permute(own, __shfl_xor_sync(0xffffffffu, own, 4), merge);
+      word[n / 4] = n % 4 == 0 ? pair : word[n / 4] | pair << 4;
+    }
+  }
+
+  static constexpr int bit(int fragment, int half) {
+    return fragment / 4 % 2 * 4 + (kTransposed ? fragment % 2 * 2 + half : half * 2 + fragment % 2);
+  }
+  /// Of element i of fragment n of 16 x 8.
+  __device__ __forceinline__ bool is_kept(int n, int i) const {
+    return (word[n / 8] & 1u << (8 * (n / 2 % 2 * 2 + i % 2) + bit(n, i / 2))) != 0;
+  }
+  /// Mask of two packed elements of fragment n.
+  __device__ __forceinline__ uint32_t pair_mask(int n, int half) const {
+    return permute(word[n / 8] << (7 - bit(n, half)), 0, n / 2 % 2 == 0 ? 0x9988 : 0xbbaa);
+  }
+};
+
 /// Clears what dropout drops of probabilities that are packed as operands.
 template <int kM, int kN>
 __device__ __forceinline__ void drop(Piece (&p)[kM][kN], KeptElements<kM, kN> const& kept) {

@@ -30,39 +30,44 @@ struct AlibiLane {
   }
 };
 
-/// Products q k^T to scores in units of score_unit(). Has to be called by whole warps.
+template <int kM, int kN>
+__device__ __forceinline__ void subtract_alibi(float (&scores)[kM][kN][4],
+                                               PiecePlacement const& place,
+                                               AlibiLane const& alibi) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        scores[m][n][e] -= alibi.of(place, m, n, e);
+      }
+    }
+  }
+}
+
+/// Products q k^T to scores in units of score_unit().
 template <int kM, int kN>
 __device__ __forceinline__ void apply_options(float (&scores)[kM][kN][4],
                                               PiecePlacement const& place,
                                               ScoreOptions const& options, float softmax_scale,
                                               float slope, Sequence const& sequence) {
   if (options.softcap != 0.f) {
-    auto const for_each = [&](auto const& visit) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            visit(scores[m][n][e]);
-          }
-        }
-      }
-    };
-    apply_softcap(for_each, softmax_scale, options.softcap);
-  }
-  if (options.alibi_slopes != nullptr) {
-    AlibiLane const alibi(place, slope, score_unit(options, softmax_scale), sequence);
+    float const scale = tanh_scale(options, softmax_scale);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          scores[m][n][e] -= alibi.of(place, m, n, e);
+          scores[m][n][e] = tanh_approx(scores[m][n][e] * scale);
         }
       }
     }
+  }
+  if (options.alibi_slopes != nullptr) {
+    subtract_alibi(scores, place,
+                   AlibiLane(place, slope, score_unit(options, softmax_scale), sequence));
   }
 }
 

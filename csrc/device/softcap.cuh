@@ -25,39 +25,18 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
-/// tanh(x) of the exponent 2 log2(e) x, to fp32's rounding next to 1: tanh.approx would be off by
-/// 2^-11 of the softcap.
-__device__ __forceinline__ float tanh_by_exp(float exponent) {
-  return fmaf(-2.f, reciprocal_approx(exp2_approx(exponent) + 1.f), 1.f);
+/// tanh(x), off by 2^-11 of its value: as much as scores in fp16 are, and less than in bf16. Exact
+/// to fp32's rounding (two special functions or a polynomial) it took a third of a forward kernel's
+/// time; forward and backward have to take the same.
+__device__ __forceinline__ float tanh_approx(float x) {
+  float y;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
-/// The same for |exponent| < 2, that is |x| < 0.69: a minimax polynomial, off by 2.4e-7. Seven FMA
-/// instructions take less time than two of the special function unit's.
-__device__ __forceinline__ float tanh_by_polynomial(float exponent) {
-  float const square = exponent * exponent;
-  float sum = fmaf(square, 0x1.0cf89ep-20f, -0x1.009ceep-15f);
-  sum = fmaf(square, sum, 0x1.5c3af4p-11f);
-  sum = fmaf(square, sum, -0x1.c6a664p-7f);
-  return exponent * fmaf(square, sum, 0x1.62e42ap-2f);
-}
-
-/// Products q k^T to tanh(softmax_scale * product / softcap). `for_each` calls a function for every
-/// score of a lane; has to be called by whole warps.
-template <class ForEach>
-__device__ __forceinline__ void apply_softcap(ForEach const& for_each, float softmax_scale,
-                                              float softcap) {
-  float const exponent_scale = 2.f * kLog2E * softmax_scale * reciprocal_approx(softcap);
-  uint32_t bits = 0;
-  for_each([&](float& score) {
-    score *= exponent_scale;
-    bits |= __float_as_uint(score);
-  });
-  // Bit 30 of a float is set from 2 on.
-  if (__any_sync(0xffffffffu, (bits & 0x40000000u) != 0)) {
-    for_each([](float& score) { score = tanh_by_exp(score); });
-  } else {
-    for_each([](float& score) { score = tanh_by_polynomial(score); });
-  }
+/// What makes products q k^T arguments of the softcap's tanh.
+__device__ __forceinline__ float tanh_scale(ScoreOptions const& options, float softmax_scale) {
+  return softmax_scale * reciprocal_approx(options.softcap);
 }
 
 }  // namespace flash

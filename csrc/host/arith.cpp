@@ -57,7 +57,7 @@ py::array_t<int> order_table(TileOrder const& order) {
 
 py::tuple philox(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t key_x,
                  uint32_t key_y) {
-  Philox4 const bits = philox4x32_10({c0, c1, c2, c3}, key_x, key_y);
+  Philox4 const bits = philox4x32_7({c0, c1, c2, c3}, key_x, key_y);
   return py::make_tuple(bits.x, bits.y, bits.z, bits.w);
 }
 
@@ -154,7 +154,7 @@ void bind_arith(py::module_& module) {
   module.def("heads_per_section", heads_per_section);
   module.def("first_in_last_section", first_in_last_section);
   module.def("hides_any_key", hides_any_key);
-  module.def("philox4x32_10", philox);
+  module.def("philox4x32_7", philox);
   module.def("kept_matrix", kept_matrix);
   module.def("sequence_table", sequence_table, py::arg("batch_size"), py::arg("rows_q"),
              py::arg("rows_k"), py::arg("entries_k"), py::arg("cu_seqlens_q") = py::none(),

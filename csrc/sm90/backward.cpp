@@ -59,8 +59,8 @@ int64_t max_key_blocks(Sm90BackwardConfig const& config, BackwardParams const& p
 
 /// A key head's section is over before its slot is needed again, which is what keeps the waits free
 /// of cycles: slots >= section. Ascending, a key head's last item is its longest, and only behind
-/// that one are its sums converted: a third section is under way meanwhile. The key heads of packed
-/// sequences all have sums of their own; their sections only keep those in L2 that are added to.
+/// that one are its sums converted: a third section is under way meanwhile. A key head has the
+/// tiles of all packed sequences, longest first.
 BackwardDivision divide(Sm90BackwardConfig const& config, BackwardParams const& params,
                         int section) {
   Shape const& shape = params.shape;
@@ -77,7 +77,6 @@ BackwardDivision divide(Sm90BackwardConfig const& config, BackwardParams const& 
                             .tiles = {{group_size * m_blocks, key_heads, section, !ascending}, {}},
                             .step = ascending ? 1 : -1};
   if (is_packed(params)) {
-    division.slots = key_heads;
     division.items.order = {n_blocks, key_heads, section, false};  // lists are in order
     division.tiles.order = {m_blocks, shape.num_heads, group_size * section, false};
   }

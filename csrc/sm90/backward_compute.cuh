@@ -14,41 +14,24 @@ template <class Traits>
 struct BackwardWarpgroup : BackwardCore<Traits> {
   using Core = BackwardCore<Traits>;
   using Core::arrive, Core::hand_over, Core::store_dq, Core::wait;
-  using Core::dout, Core::ds, Core::key_phase, Core::params, Core::q, Core::shared;
+  using Core::dout, Core::key_phase, Core::params, Core::queries, Core::shared;
   using Core::kConfig, Core::warpgroup_idx;
   using typename Core::Group, typename Core::Operand, typename Core::Scores;
   using typename Core::TileDout, typename Core::TileDs, typename Core::TileK;
   using typename Core::TileQ, typename Core::TileV, typename Core::Walk;
 
-  Ring<Traits::kStages> last_ds{Traits::kStages - 1, 1};  // of the query tile before
   float dk[kConfig.head_dim / 8][4];
   float dv[kConfig.head_dim_v / 8][4];
 
   using Core::Core;
 
   /// 64 rows and columns of dQ = dS K: of its rows this warpgroup's 64, or all of them and the
-  /// columns from this warpgroup's column block on.
+  /// first or the last columns.
   __device__ __forceinline__ void issue_dq(Group& dq) const {
     int const rows = Traits::kDqByRows ? warpgroup_idx * TileDs::kBlockBytes : 0;
-    int const columns = Traits::kDqByRows ? 0 : warpgroup_idx * TileK::kBlockBytes;
-    this->issue_ds_k(dq, last_ds.stage, rows, columns);
-  }
-
-  /// Scores of the products, their derivatives if there is a softcap, and what dropout keeps.
-  __device__ __forceinline__ void prepare_extras(Scores& scores, Operand& derivative,
-                                                 uint32_t (&kept)[Core::kFragmentsS / 8],
-                                                 ScorePlace const& place) const {
-    BackwardParams const& problem = params.problem;
-    if (problem.scores.is_on()) {
-      apply_options<Core::kDType>(scores, derivative, problem.scores, problem.softmax_scale, place);
-    }
-#pragma unroll
-    for (uint32_t& word : kept) {
-      word = 0xffffffffu;
-    }
-    if (problem.dropout.rng_state != nullptr) {
-      find_kept<Core::kFragmentsS>(kept, problem.dropout, problem.shape.num_heads, place);
-    }
+    constexpr int kLastColumns = (kConfig.head_dim - 64) / TileK::kBlockCols * TileK::kBlockBytes;
+    int const columns = Traits::kDqByRows ? 0 : warpgroup_idx * kLastColumns;
+    this->issue_ds_k(dq, queries.previous().stage, rows, columns);
   }
 
   /// Only one warpgroup at a time issues S and dP: so the other one's exponentials and dS run
@@ -65,23 +48,25 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
   __device__ __forceinline__ void step(int key_begin, Walk const& walk) {
     int const m_block = walk.m_block;
     bool const needs_mask = walk.needs_mask();
+    auto const last = queries.previous();
     Scores scores, dp;
-    wait(shared.q_full[q.stage], q.phase);
+    wait(shared.q_full[queries.stage], queries.phase);
     take_turn();
     wgmma_fence();
     this->template issue_scores<TileK, TileQ>(scores, shared.k, warpgroup_idx * 64,
-                                              shared.q[q.stage]);
-    wait(shared.dout_full[dout.stage], dout.phase);
+                                              shared.q[queries.stage]);
+    wait(shared.dout_full[dout().stage], dout().phase);
     wgmma_fence();
     this->template issue_scores<TileV, TileDout>(dp, shared.v, warpgroup_idx * 64,
-                                                 shared.dout[dout.stage]);
+                                                 shared.dout[dout().stage]);
     pass_turn();
+    typename Core::Extras extras;
+    this->prepare_extras(extras, key_begin, m_block, walk.heads_left());
     wgmma_wait<1>();
     pin(scores);
     Operand derivative;
-    uint32_t kept[Core::kFragmentsS / 8];
     if constexpr (kConfig.extras) {
-      prepare_extras(scores, derivative, kept, this->place(key_begin, m_block, walk.heads_left()));
+      this->make_scores(scores, derivative, extras, key_begin, m_block);
     }
     if (needs_mask) {
       this->mask(scores, key_begin, m_block);
@@ -94,53 +79,51 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     }
     // Also keeps the next wait from moving above the exponentials: ptxas moves it to the top of its
     // basic block.
-    wait(shared.ds_empty[ds.stage], ds.phase ^ 1);
+    wait(shared.ds_empty[queries.stage], queries.phase ^ 1);
     wgmma_wait<0>();
     pin(dp);
     if constexpr (kConfig.extras) {
-      this->differentiate_extras(dp, p, derivative, kept, ds_operand);
-      drop(p, kept);
+      this->differentiate_extras(dp, p, derivative, extras.kept, ds_operand);
+      drop(p, extras.kept);
       pin(p);
     } else {
       this->differentiate(dp, p, ds_operand);
     }
-    this->template store_rows<TileDs>(ds_operand, shared.ds[ds.stage], warpgroup_idx * 64);
+    this->template store_rows<TileDs>(ds_operand, shared.ds[queries.stage], warpgroup_idx * 64);
     pin(ds_operand);
-    hand_over(shared.ds_full[ds.stage]);
+    hand_over(shared.ds_full[queries.stage]);
     Group dq;
     if constexpr (!kIsFirst) {
-      wait(shared.ds_full[last_ds.stage], last_ds.phase);
+      wait(shared.ds_full[last.stage], last.phase);
       wgmma_fence();
       issue_dq(dq);
     }
     wgmma_fence();
-    this->template issue_gradient<TileDout>(dv, p, shared.dout[dout.stage], !kIsFirst);
-    this->template issue_gradient<TileQ>(dk, ds_operand, shared.q[q.stage], !kIsFirst);
+    this->template issue_gradient<TileDout>(dv, p, shared.dout[dout().stage], !kIsFirst);
+    this->template issue_gradient<TileQ>(dk, ds_operand, shared.q[queries.stage], !kIsFirst);
     if constexpr (!kIsFirst) {
       wgmma_wait<2>();
       pin(dq);
-      arrive(shared.ds_empty[last_ds.stage]);
+      arrive(shared.ds_empty[last.stage]);
       store_dq(dq);
     }
     wgmma_wait<0>();
-    arrive(shared.dout_empty[dout.stage]);
-    arrive(shared.q_empty[q.stage]);
-    last_ds = ds;
-    ds.advance();
-    q.advance();
-    dout.advance();
+    arrive(shared.dout_empty[dout().stage]);
+    arrive(shared.q_empty[queries.stage]);
+    this->next_queries();
   }
   /// dQ of the last query tile of an item.
   __device__ __forceinline__ void finish_steps() {
     arrive(shared.v_empty);
-    wait(shared.ds_full[last_ds.stage], last_ds.phase);
+    auto const last = queries.previous();
+    wait(shared.ds_full[last.stage], last.phase);
     Group dq;
     wgmma_fence();
     issue_dq(dq);
     wgmma_wait<0>();
     pin(dq);
     arrive(shared.k_empty);
-    arrive(shared.ds_empty[last_ds.stage]);
+    arrive(shared.ds_empty[last.stage]);
     store_dq(dq);
   }
 
@@ -150,8 +133,9 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     wgmma_wait<0>();  // nothing is pending, but ptxas wants it before dK and dV are read (C7514)
     pin(dk);
     pin(dv);
-    bool const is_last_ds = int(last_ds.stage) == warpgroup_idx;
-    wait(shared.ds_empty[warpgroup_idx], is_last_ds ? last_ds.phase : ds.phase ^ 1);
+    auto const last = queries.previous();
+    bool const is_last_ds = int(last.stage) == warpgroup_idx;
+    wait(shared.ds_empty[warpgroup_idx], is_last_ds ? last.phase : queries.phase ^ 1);
     this->template store_gradient<SmemTile<64, kConfig.head_dim>, 0>(
         dk, params.problem.softmax_scale, shared.ds[warpgroup_idx]);
     hand_over(shared.dk_full[warpgroup_idx]);

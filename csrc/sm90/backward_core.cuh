@@ -29,9 +29,10 @@ struct BackwardCore {
   int warpgroup_idx;   // among the computing ones
   int const warp_idx;  // in its warpgroup
   float const scale_log2;
-  Ring<Traits::kStages> q;
-  Ring<Traits::kDoutStages> dout;
-  Ring<Traits::kStages> ds;
+  // Registers are scarce: the buffers of Q and dS, and those of dO if there are as many, go round
+  // together.
+  Ring<Traits::kStages> queries;
+  Ring<Traits::kDoutStages> dout_if_fewer;
   uint32_t key_phase = 0, outbox_phase = 0;
 
   __device__ __forceinline__ BackwardCore(BackwardKernelParams const& params,
@@ -40,9 +41,21 @@ struct BackwardCore {
         shared(shared),
         warpgroup_idx(warpgroup_idx),
         warp_idx(uniform(threadIdx.x / 32 % 4)),
-        scale_log2(kConfig.extras && params.problem.scores.is_on()
-                       ? kLog2E
-                       : params.problem.softmax_scale * kLog2E) {}
+        scale_log2(kLog2E * (kConfig.extras
+                                 ? score_unit(params.problem.scores, params.problem.softmax_scale)
+                                 : params.problem.softmax_scale)) {}
+
+  __device__ __forceinline__ auto const& dout() const {
+    if constexpr (Traits::kDoutStages == Traits::kStages) {
+      return queries;
+    } else {
+      return dout_if_fewer;
+    }
+  }
+  __device__ __forceinline__ void next_queries() {
+    queries.advance();
+    dout_if_fewer.advance();
+  }
 
   static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
   static __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t phase) {
@@ -102,23 +115,38 @@ struct BackwardCore {
 
   // ---- Extras ----
 
-  /// Of the scores of 64 keys from key_begin on and query tile m_block, `heads_left` heads of the
-  /// group from the end of the walk.
-  __device__ __forceinline__ ScorePlace place(int key_begin, int m_block, int heads_left) const {
-    Shape const& shape = params.problem.shape;
+  using Extras = StepExtras<kStepsM, true>;
+
+  /// Of the scores of 64 keys from key_begin on, the rows, and query tile m_block; `heads_left`
+  /// heads of the group from the end of the walk.
+  __device__ __forceinline__ void prepare_extras(Extras& extras, int key_begin, int m_block,
+                                                 int heads_left) const {
+    if constexpr (kConfig.extras) {
+      BackwardParams const& problem = params.problem;
+      int const group_size = problem.shape.query_heads_per_key_head();
+      int const in_group = params.division.step > 0 ? group_size - 1 - heads_left : heads_left;
+      extras.prepare(problem.scores, problem.dropout, uniform(shared.item.batch),
+                     uniform(shared.item.head_k) * group_size + in_group, problem.shape.num_heads,
+                     key_begin + warp_idx * 16, m_block * Traits::kTileM);
+    }
+  }
+  __device__ __forceinline__ void make_scores(Scores& scores, Operand& derivative,
+                                              Extras const& extras, int key_begin,
+                                              int m_block) const {
     Sequence const sequence = this->sequence();
-    int const group_size = shape.query_heads_per_key_head();
-    int const in_group = params.division.step > 0 ? group_size - 1 - heads_left : heads_left;
-    return {uniform(shared.item.batch), uniform(shared.item.head_k) * group_size + in_group,
-            m_block * Traits::kTileM, key_begin + warp_idx * 16,
-            sequence.seqlen_k - sequence.seqlen_q};
+    Sequence transposed{};
+    transposed.seqlen_q = sequence.seqlen_k;
+    transposed.seqlen_k = sequence.seqlen_q;
+    apply_options<kDType>(
+        scores, derivative, {key_begin + warp_idx * 16, 0, m_block * Traits::kTileM, 16},
+        params.problem.scores, params.problem.softmax_scale, extras.slope, transposed);
   }
   /// As differentiate(), with dropout of dP and the softcap's derivative.
   __device__ __forceinline__ void differentiate_extras(Scores const& dp, Operand const& p,
                                                        Operand const& derivative,
-                                                       uint32_t const (&kept)[kFragmentsS / 8],
+                                                       KeptBits<kStepsM, true> const& kept,
                                                        Operand& ds) const {
-    uint32_t const softmax_d = smem_address(shared.softmax_d[dout.stage]) + lane_idx() % 4 * 8;
+    uint32_t const softmax_d = smem_address(shared.softmax_d[dout().stage]) + lane_idx() % 4 * 8;
     bool const has_softcap = params.problem.scores.softcap != 0.f;
     float const scale = params.problem.dropout.scale;
 #pragma unroll
@@ -132,8 +160,7 @@ struct BackwardCore {
           probability.x *= slope.x;
           probability.y *= slope.y;
         }
-        bool const left = is_kept(kept[n / 8], n, 2 * half);
-        bool const right = is_kept(kept[n / 8], n, 2 * half + 1);
+        bool const left = kept.is_kept(n, 2 * half), right = kept.is_kept(n, 2 * half + 1);
         ds[n / 2][n % 2 * 2 + half] =
             pack2<kDType>(probability.x * fmaf(left ? dp[n][2 * half] : 0.f, scale, -row_d.x),
                           probability.y * fmaf(right ? dp[n][2 * half + 1] : 0.f, scale, -row_d.y));
@@ -189,7 +216,7 @@ struct BackwardCore {
 
   /// P^T = exp2(S^T scale_log2 - lse).
   __device__ __forceinline__ void exponentiate(Scores const& scores, Operand& p) const {
-    uint32_t const lse = smem_address(shared.lse_log2[q.stage]) + lane_idx() % 4 * 8;
+    uint32_t const lse = smem_address(shared.lse_log2[queries.stage]) + lane_idx() % 4 * 8;
 #pragma unroll
     for (int n = 0; n < kFragmentsS; ++n) {
       float2 const row_lse = load_shared_float2(lse + n * 32);
@@ -204,7 +231,7 @@ struct BackwardCore {
   /// dS^T = P^T (dP^T - softmax_d) with P as it went into dV.
   __device__ __forceinline__ void differentiate(Scores const& dp, Operand const& p,
                                                 Operand& ds) const {
-    uint32_t const softmax_d = smem_address(shared.softmax_d[dout.stage]) + lane_idx() % 4 * 8;
+    uint32_t const softmax_d = smem_address(shared.softmax_d[dout().stage]) + lane_idx() % 4 * 8;
 #pragma unroll
     for (int n = 0; n < kFragmentsS; ++n) {
       float2 const row_d = load_shared_float2(softmax_d + n * 32);

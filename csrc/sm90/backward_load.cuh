@@ -102,15 +102,17 @@ struct BackwardLoader {
 
   /// Waits until the sums of the tile have been cleared of those of the slot's previous owner. Here
   /// and not where they are added to: this thread is one or two tiles ahead, so it waits for free.
-  /// Those of packed sequences have no previous owner.
   __device__ __forceinline__ void wait_for_slot(WorkItem const& item, int head_in_group,
                                                 int m_block) const {
     BackwardDivision const& division = params.division;
-    int const owner =
-        fresh(item.batch) * params.problem.shape.num_heads_k + item.head_k - division.slots;
-    if (params.rows.entry_rows == 0 && owner >= 0) {
-      int64_t const query_tile =
-          int64_t(owner) * division.query_tiles + head_in_group * division.m_blocks + m_block;
+    BackwardParams const& problem = params.problem;
+    int const batch = fresh(item.batch);
+    Sequence const sequence = params.sequence(batch);
+    int const owner = sequence.entry_q * problem.shape.num_heads_k + item.head_k - division.slots;
+    if (owner >= 0) {
+      int64_t const query_tile = int64_t(owner) * division.query_tiles +
+                                 head_in_group * division.m_blocks +
+                                 first_query_tile<Traits>(problem, sequence, batch) + m_block;
       while (load_acquire(params.workspace.converted + query_tile) < Traits::kGroups) {
         __nanosleep(64);
       }

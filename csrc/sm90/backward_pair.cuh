@@ -14,7 +14,7 @@ template <class Traits, bool kMakesP>
 struct BackwardPairWarpgroup : BackwardCore<Traits> {
   using Core = BackwardCore<Traits>;
   using Core::arrive, Core::hand_over, Core::store_dq, Core::wait;
-  using Core::dout, Core::ds, Core::key_phase, Core::params, Core::q, Core::shared;
+  using Core::dout, Core::key_phase, Core::params, Core::queries, Core::shared;
   using Core::kConfig, Core::warpgroup_idx;
   using typename Core::Group, typename Core::Operand, typename Core::Scores;
   using typename Core::TileDout, typename Core::TileDs, typename Core::TileK;
@@ -37,7 +37,7 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
 
   template <int kGroup>
   __device__ __forceinline__ void issue_dq(Group& dq) const {
-    this->issue_ds_k(dq, ds.stage, 0, (kGroup + fresh_zero()) * TileK::kBlockBytes);
+    this->issue_ds_k(dq, queries.stage, 0, (kGroup + fresh_zero()) * TileK::kBlockBytes);
   }
   __device__ __forceinline__ void keep(Group const& dq) {
 #pragma unroll
@@ -80,9 +80,10 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
   template <bool kIsFirst>
   __device__ __forceinline__ void make_p_and_dv(int key_begin, int m_block, bool needs_mask) {
     Scores scores;
-    wait(shared.q_full[q.stage], q.phase);
+    wait(shared.q_full[queries.stage], queries.phase);
     wgmma_fence();
-    this->template issue_scores<TileK, TileQ>(scores, shared.k, fresh_zero(), shared.q[q.stage]);
+    this->template issue_scores<TileK, TileQ>(scores, shared.k, fresh_zero(),
+                                              shared.q[queries.stage]);
     if constexpr (!kIsFirst) {
       store_dq(last_group);
     }
@@ -94,24 +95,24 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
     Operand p;
     this->exponentiate(scores, p);
     send_p(p);
-    arrive(shared.q_empty[q.stage]);
-    wait(shared.dout_full[dout.stage], dout.phase);
+    arrive(shared.q_empty[queries.stage]);
+    wait(shared.dout_full[dout().stage], dout().phase);
     pin(p);
     wgmma_fence();
-    this->template issue_gradient<TileDout>(gradient, p, shared.dout[dout.stage], !kIsFirst);
-    wait(shared.ds_full[ds.stage], ds.phase);
+    this->template issue_gradient<TileDout>(gradient, p, shared.dout[dout().stage], !kIsFirst);
+    wait(shared.ds_full[queries.stage], queries.phase);
     Group first, second;
     wgmma_fence();
     issue_dq<0>(first);
     wgmma_wait<0>();
     pin(first);
-    arrive(shared.dout_empty[dout.stage]);
+    arrive(shared.dout_empty[dout().stage]);
     wgmma_fence();
     issue_dq<1>(second);
     store_dq(first);
     wgmma_wait<0>();
     pin(second);
-    arrive(shared.ds_empty[ds.stage]);
+    arrive(shared.ds_empty[queries.stage]);
     keep(second);
     advance();
   }
@@ -120,29 +121,29 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
   template <bool kIsFirst>
   __device__ __forceinline__ void make_ds_and_dk() {
     Scores dp;
-    wait(shared.dout_full[dout.stage], dout.phase);
+    wait(shared.dout_full[dout().stage], dout().phase);
     wgmma_fence();
     this->template issue_scores<TileV, TileDout>(dp, shared.v, fresh_zero(),
-                                                 shared.dout[dout.stage]);
+                                                 shared.dout[dout().stage]);
     if constexpr (kHasTwoGroups && !kIsFirst) {
       store_dq(last_group);
     }
     Operand p, ds_operand;
     receive_p(p);
-    wait(shared.ds_empty[ds.stage], ds.phase ^ 1);
+    wait(shared.ds_empty[queries.stage], queries.phase ^ 1);
     wgmma_wait<0>();
     pin(dp);
     this->differentiate(dp, p, ds_operand);
-    this->template store_rows<TileDs>(ds_operand, shared.ds[ds.stage], 0);
+    this->template store_rows<TileDs>(ds_operand, shared.ds[queries.stage], 0);
     pin(ds_operand);
-    hand_over(shared.ds_full[ds.stage]);
-    arrive(shared.dout_empty[dout.stage]);
-    wait(shared.q_full[q.stage], q.phase);
-    wait(shared.ds_full[ds.stage], ds.phase);
+    hand_over(shared.ds_full[queries.stage]);
+    arrive(shared.dout_empty[dout().stage]);
+    wait(shared.q_full[queries.stage], queries.phase);
+    wait(shared.ds_full[queries.stage], queries.phase);
     Group first, second;
     wgmma_fence();
     issue_dq<kFirstGroup>(first);
-    this->template issue_gradient<TileQ>(gradient, ds_operand, shared.q[q.stage], !kIsFirst);
+    this->template issue_gradient<TileQ>(gradient, ds_operand, shared.q[queries.stage], !kIsFirst);
     wgmma_wait<1>();
     pin(first);
     store_dq(first);
@@ -151,19 +152,15 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
       issue_dq<kFirstGroup + 1>(second);
     }
     wgmma_wait<0>();
-    arrive(shared.q_empty[q.stage]);
-    arrive(shared.ds_empty[ds.stage]);
+    arrive(shared.q_empty[queries.stage]);
+    arrive(shared.ds_empty[queries.stage]);
     if constexpr (kHasTwoGroups) {
       pin(second);
       keep(second);
     }
     advance();
   }
-  __device__ __forceinline__ void advance() {
-    q.advance();
-    dout.advance();
-    ds.advance();
-  }
+  __device__ __forceinline__ void advance() { this->next_queries(); }
   template <bool kIsFirst>
   __device__ __forceinline__ void step(int key_begin, int m_block, bool needs_mask) {
     if constexpr (kMakesP) {

@@ -29,7 +29,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
   using Scores = float[kFragmentsS][4];
 
   float const scale_log2;
-  uint64_t const q_descriptor, k_descriptor, v_descriptor;  // of buffer 0
+  uint64_t const k_descriptor, v_descriptor;  // of buffer 0
   float acc_o[kFragmentsO][4];
   uint32_t p[kStepsP][4];  // probabilities of the last key tile; their product with V is due
   int has_output;          // 0 until a product with V has been issued for this tile
@@ -40,13 +40,18 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
                                               SharedStorage& shared, int warpgroup_idx)
       : Core(params, shared, warpgroup_idx),
         scale_log2(score_scale() * kLog2E),
-        q_descriptor(wgmma_descriptor<TileQ>(smem_address(shared.q[0]))),
         k_descriptor(wgmma_descriptor<TileK>(smem_address(shared.k[0]))),
         v_descriptor(wgmma_descriptor<TileV>(smem_address(shared.v[0]))) {}
 
-  /// Of what the maxima are of: options make scores of the products at once.
+  /// What the maxima are in units of.
   __device__ __forceinline__ float score_scale() const {
-    return kConfig.extras && params.problem.scores.is_on() ? 1.f : params.problem.softmax_scale;
+    float const softmax_scale = params.problem.softmax_scale;
+    return kConfig.extras ? score_unit(params.problem.scores, softmax_scale) : softmax_scale;
+  }
+
+  /// Kernels with extras have no registers for what the compiler would hold through the main loop.
+  static __device__ __forceinline__ int unhoisted(int value) {
+    return kConfig.extras ? fresh(value) : value;
   }
 
   // ---- Mask ----
@@ -69,12 +74,12 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
   }
   __device__ __forceinline__ void mask(Scores& scores, WorkTile const& tile, int n_block) const {
     int const lane_col = n_block * Traits::kTileN + lane_idx() % 4 * 2;
+    int const row = first_row(tile) + lane_idx() / 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       KeyRange keys{0, tile.seqlen_k};
       if constexpr (kConfig.mask == MaskClass::kBounded) {
-        keys = visible_keys(params.problem.mask, first_row(tile) + half * 8 + lane_idx() / 4,
-                            tile.seqlen_q, tile.seqlen_k);
+        keys = visible_keys(params.problem.mask, row + half * 8, tile.seqlen_q, tile.seqlen_k);
       }
       mask_row(scores, half, keys.begin - lane_col, keys.end - lane_col);
     }
@@ -82,20 +87,29 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
 
   // ---- Extras ----
 
-  __device__ __forceinline__ void make_scores(Scores& scores, WorkTile const& tile,
-                                              int n_block) const {
-    if (kConfig.extras && params.problem.scores.is_on()) {
-      apply_options(scores, params.problem.scores, params.problem.softmax_scale, tile.batch,
-                    tile.head, first_row(tile), n_block * Traits::kTileN,
-                    tile.seqlen_k - tile.seqlen_q);
+  using Extras = StepExtras<kStepsP, false>;
+
+  __device__ __forceinline__ void prepare_extras(Extras& extras, WorkTile const& tile,
+                                                 int n_block) const {
+    if constexpr (kConfig.extras) {
+      ForwardParams const& problem = params.problem;
+      extras.prepare(problem.scores, problem.dropout, tile.batch, tile.head,
+                     problem.shape.num_heads, first_row(tile), n_block * Traits::kTileN);
     }
   }
-  __device__ __forceinline__ void drop_some(Scores& probabilities, WorkTile const& tile,
-                                            int n_block) const {
+  __device__ __forceinline__ void make_scores(Scores& scores, Extras const& extras,
+                                              WorkTile const& tile, int n_block) const {
+    if constexpr (kConfig.extras) {
+      Sequence sequence{};
+      sequence.seqlen_q = tile.seqlen_q;
+      sequence.seqlen_k = tile.seqlen_k;
+      apply_options(reinterpret_cast<float (&)[1][kFragmentsS][4]>(scores), {first_row(tile), 0, n_block * Traits::kTileN, 16},
+                    params.problem.scores, params.problem.softmax_scale, extras.slope, sequence);
+    }
+  }
+  __device__ __forceinline__ void drop_some(Scores& probabilities, Extras const& extras) const {
     if (kConfig.extras && params.problem.dropout.rng_state != nullptr) {
-      drop(probabilities, params.problem.dropout,
-           tile.batch * params.problem.shape.num_heads + tile.head, first_row(tile),
-           n_block * Traits::kTileN);
+      drop(probabilities, extras.kept);
     }
   }
 
@@ -103,7 +117,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
 
   /// scores = Q K^T.
   __device__ __forceinline__ void issue_scores(Scores& scores) {
-    uint64_t const a = q_descriptor + q.stage * descriptor_step(TileQ::kBytes);
+    uint64_t const a = wgmma_descriptor<TileQ>(smem_address(shared.q[q.stage]));
     uint64_t const b = k_descriptor + k.stage * descriptor_step(TileK::kBytes);
 #pragma unroll
     for (int step = 0; step < kConfig.head_dim / 16; ++step) {
@@ -187,13 +201,15 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     wgmma_fence();  // the spin between two products needs one, or ptxas adds it (C7519)
     issue_output();
     pass_turn();
+    Extras extras;
+    prepare_extras(extras, tile, n_block);
     wgmma_wait<1>();
     pin(scores);
     release_k();
     if (n_block == tile.n_min) {
       release_q();
     }
-    make_scores(scores, tile, n_block);
+    make_scores(scores, extras, tile, n_block);
     if (kConfig.mask == MaskClass::kBounded && needs_mask) {
       mask(scores, tile, n_block);
     }
@@ -205,7 +221,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     } else {
       has_grown = exponentiate_rows<0, 2>(scores, factor);
     }
-    drop_some(scores, tile, n_block);
+    drop_some(scores, extras);
     pin(scores);
     wgmma_wait<0>();
     pin(acc_o);
@@ -224,7 +240,9 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     if (n_block == tile.n_min) {
       release_q();
     }
-    make_scores(scores, tile, n_block);
+    Extras extras;
+    prepare_extras(extras, tile, n_block);
+    make_scores(scores, extras, tile, n_block);
     if (!is_full(full_range(tile), n_block)) {
       mask(scores, tile, n_block);
     }
@@ -233,7 +251,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
       softmax.start(scores, half);
       softmax.exponentiate(scores, half, scale_log2);
     }
-    drop_some(scores, tile, n_block);
+    drop_some(scores, extras);
     pack(scores);
     has_output = 0;
   }
@@ -345,7 +363,8 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     RowOrigin const origin =
         params.out_rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
     uint32_t const staged = acquire_out();
-    int const tile_row = lane_idx() % 16, tile_chunk = lane_idx() / 16;  // that this lane addresses
+    int const lane = kConfig.extras ? fresh_thread_idx() % 32 : lane_idx();
+    int const tile_row = lane % 16, tile_chunk = lane / 16;  // that this lane addresses
     uint32_t const row_address = staged + tile_row * TileOut::kRowBytes;
     uint32_t const chunk_offset = (tile_chunk ^ TileOut::swizzle(tile_row)) << 4;
 #pragma unroll

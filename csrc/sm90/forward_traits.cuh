@@ -30,10 +30,9 @@ struct ForwardTraits {
 
   // Registers a thread after the hand-over from the loading warpgroup. The warpgroups' sum is what
   // the launch allots, 504 of the 512 that an SM has for 128 threads: asking for more hangs.
-  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : kConfig.head_dim_v > 128 ? 24 : 40;
-  static constexpr int kComputeRegisters = kWarpgroups == 3           ? 160
-                                           : kConfig.head_dim_v > 128 ? 240
-                                                                      : 232;
+  static constexpr bool kComputesMuch = kConfig.head_dim_v > 128 || kConfig.extras;
+  static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : kComputesMuch ? 24 : 40;
+  static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : kComputesMuch ? 240 : 232;
   static_assert(kLoadRegisters + kWarpgroups * kComputeRegisters <=
                 (kWarpgroups + 1) * (512 / (kWarpgroups + 1) / 8 * 8));
   static_assert(kWarpgroups == 2 || kWarpgroups == 3, "register budgets exist for these");
