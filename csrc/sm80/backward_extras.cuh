@@ -1,6 +1,7 @@
 // Dropout and the softcap's derivative on a tile of dP.
 #pragma once
 
+#include "device/bias.cuh"
 #include "device/dropout.cuh"
 #include "device/score_options.cuh"
 
@@ -24,28 +25,55 @@ __device__ __forceinline__ void drop_dp(float (&dp)[kM][kN][4],
 }
 
 /// Multiplies by the derivative of the scores by the scaled products, which is 1 without a softcap.
-template <int kM, int kN>
+template <DType kDType, int kM, int kN>
 __device__ __forceinline__ void multiply_by_derivative(float (&dp)[kM][kN][4],
                                                        float const (&scores)[kM][kN][4],
                                                        PiecePlacement const& place,
                                                        BackwardParams const& params, float slope,
-                                                       Sequence const& sequence) {
+                                                       ScoreHead const& of) {
   if (params.scores.softcap == 0.f) {
     return;
   }
-  AlibiLane const alibi(place, slope, params.scores.softcap, sequence);
+  AlibiLane const alibi(place, slope, params.scores.softcap, of.sequence);
+  auto const multiply = [&](int m, int n, int e, float bias) {
+    // Hidden pairs, whose score is -inf, have P = 0: any finite derivative does.
+    float const tanh = fmaxf(scores[m][n][e] + alibi.of(place, m, n, e) - bias, -1.f);
+    dp[m][n][e] *= fmaf(-tanh, tanh, 1.f);
+  };
+  if (params.scores.bias.ptr != nullptr) {
+    float const factor = 1.f / params.scores.softcap;
+    for_each_bias<kDType, kM, kN>(
+        params.scores.bias, place, of,
+        [&](int m, int n, int e, float value) { multiply(m, n, e, value * factor); });
+    return;
+  }
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        // Hidden pairs, whose score is -inf, have P = 0: any finite derivative does.
-        float const tanh = fmaxf(scores[m][n][e] + alibi.of(place, m, n, e), -1.f);
-        dp[m][n][e] *= fmaf(-tanh, tanh, 1.f);
+        multiply(m, n, e, 0.f);
       }
     }
   }
+}
+
+/// dbias = P (dP - softmax_d), of `dp` before the softcap's derivative; `scale_log2` is that of the
+/// scores. P is computed here and again for the products: kept between, it spilled.
+template <int kM, int kN>
+__device__ __forceinline__ void store_bias_gradient(float const (&dp)[kM][kN][4],
+                                                    float const (&scores)[kM][kN][4],
+                                                    float const (&lse_log2)[kM][2],
+                                                    float scale_log2, PiecePlacement const& place,
+                                                    Bias const& dbias, ScoreHead const& of) {
+  if (dbias.ptr == nullptr) {
+    return;
+  }
+  add_bias_gradient<kM, kN>(dbias, place, of, [&](int m, int n, int e) {
+    float const exponent = fmaf(fresh_float(scores[m][n][e]), scale_log2, -lse_log2[m][e / 2]);
+    return exp2_approx(exponent) * dp[m][n][e];
+  });
 }
 
 }  // namespace flash::sm80

@@ -238,9 +238,11 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   Sequence const& sequence = tile.sequence;
   PiecePlacement const place{first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n,
                              kColStep};
+  ScoreHead const of{tile.batch, visit.head, sequence};
   float const slope = kConfig.extras ? alibi_slope(params.scores, tile.batch, visit.head) : 0.f;
   if constexpr (kConfig.extras) {
     apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
+    add_bias<Traits::kDType>(acc_s, place, params, of);
   }
   if (visit.m_block < tile.full.min || visit.m_block >= tile.full.max) {
     apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
@@ -249,15 +251,19 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   FragmentWriter<typename Traits::TileS> const writer(smem, 16 * warp_m, 16 * warp_n, thread_idx);
   if constexpr (kConfig.extras) {
     scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
+    auto const finish_dp = [&] {
+      store_bias_gradient(acc_dp, acc_s, lse_log2, scale_log2, place, params.dbias, of);
+      multiply_by_derivative<Traits::kDType>(acc_dp, acc_s, place, params, slope, of);
+    };
     if (has_dropout) {
       KeptElements<Traits::kMS, Traits::kNS> const kept(
           params.dropout, dropout_key, tile.batch * params.shape.num_heads + visit.head, place);
       drop_dp(acc_dp, kept, params.dropout.scale, minus_d);
-      multiply_by_derivative(acc_dp, acc_s, place, params, slope, sequence);
+      finish_dp();
       store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, kept);
       return;
     }
-    multiply_by_derivative(acc_dp, acc_s, place, params, slope, sequence);
+    finish_dp();
   }
   store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, nullptr);
 }
