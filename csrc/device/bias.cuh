@@ -38,7 +38,7 @@ __device__ __forceinline__ void for_each_in_row(Bias const& bias, PiecePlacement
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       int const col = n / 2 * place.col_step + n % 2 * 8 + e;
-      element = fresh(element + (col - last_col) * bias.col_stride);
+      element = fresh(element + fresh(col - last_col) * bias.col_stride);
       last_col = col;
       visit(n, e, element, col < cols_left);
     }
@@ -84,7 +84,8 @@ __device__ __forceinline__ void add_bias(float (&scores)[kM][kN][4], PiecePlacem
   if (params.scores.bias.ptr == nullptr) {
     return;
   }
-  float const factor = 1.f / score_unit(params.scores, params.softmax_scale);
+  float const unit = score_unit(params.scores, params.softmax_scale);
+  float const factor = reciprocal_approx(fresh_float(unit));
   for_each_bias<kDType, kM, kN>(params.scores.bias, place, of,
                                 [&](int m, int n, int e, float value) {
                                   scores[m][n][e] = fmaf(value, factor, scores[m][n][e]);
