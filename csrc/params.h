@@ -52,15 +52,39 @@ struct Shape {
   }
 };
 
+/// A tensor that broadcasts to (batch, heads, seqlen_q, seqlen_k): along a dimension of size 1, or
+/// one that it hasn't, the stride is 0. Strides are in elements, none of them need be 1.
+struct Bias {
+  void* ptr;  // null: none
+  DType dtype;
+  bool is_shared;  // some element belongs to several pairs of a query and a key
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+  int64_t col_stride;
+
+  FLASH_HD constexpr int64_t plane(int batch, int head) const {
+    return batch * batch_stride + head * head_stride;
+  }
+};
+
 /// What happens to a scaled score s = softmax_scale * q k^T of row i and column j before the mask.
 struct ScoreOptions {
   float softcap;              // 0: none, else s = softcap * tanh(s / softcap)
   float const* alibi_slopes;  // [batch or 1, num_heads]; null: none, else after the softcap
                               // s -= slope * |i + seqlen_k - seqlen_q - j|
   int alibi_batch_stride;     // num_heads, or 0 if all sequences share the slopes
+  Bias bias;                  // fp32 or of the dtype of q; after the softcap s += bias[i, j]
 
-  FLASH_HD constexpr bool is_on() const { return softcap != 0.f || alibi_slopes != nullptr; }
+  FLASH_HD constexpr bool is_on() const {
+    return softcap != 0.f || alibi_slopes != nullptr || bias.ptr != nullptr;
+  }
 };
+
+/// GPU kernels take a running maximum over when it has grown by more than this many powers of two.
+/// Below that the old one does: the probabilities are then up to 2^kMaxSlack, which no 16-bit type
+/// rounds differently, and `out / row_sum` is the same.
+inline constexpr float kMaxSlack = 8.f;
 
 /// out = softmax(scores) v with the scores masked and some probabilities dropped; softmax_lse = log
 /// sum exp of the scores, without dropout. A row without a visible key has out = 0 and softmax_lse
@@ -79,6 +103,8 @@ struct ForwardParams {
   ScoreOptions scores;
   Dropout dropout;
   float const* sink;  // [num_heads]; null: none
+  float* max_logits;  // [num_heads], raised to the largest score of a visible pair; null: not asked
+  float max_slack;    // kMaxSlack, or 0: the maximum that a row ends with is the true one
   void* workspace;    // scratch of the backend's workspace size, 256-byte aligned; may be null if 0
 
   FLASH_HD constexpr bool has_extras() const {
@@ -103,6 +129,7 @@ FLASH_HD constexpr int first_softmax_d_row(Sequence const& sequence, Sequences c
 /// ones (0 or its scale), dP = Z * (dout v^T) and dS the gradient of the scaled scores:
 ///   dv = (P * Z)^T dout;  dS = P * (dP - softmax_d) * (softcap's derivative 1 - tanh^2);
 ///   dq = softmax_scale dS k;  dk = softmax_scale dS^T q;  softmax_d = rowsum(dout * out) - dlse.
+/// dbias is dS without that derivative, summed over the pairs that share an element.
 /// Of the sequences only cu_seqlens_q and cu_seqlens_k are used. Rows of packed tensors that belong
 /// to no sequence get zeros.
 struct BackwardParams {
@@ -117,6 +144,7 @@ struct BackwardParams {
   Mask mask;
   float softmax_scale;  // > 0
   ScoreOptions scores;
+  Bias dbias;  // fp32, of the shape of scores.bias; zeros, to which is added; null: not asked
   Dropout dropout;
   bool deterministic;  // dq bit-equal from run to run (dk and dv always are)
   void* workspace;     // as in ForwardParams

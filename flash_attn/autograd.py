@@ -11,13 +11,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from flash_attn import ops
-from flash_attn.extras import Extras
+from flash_attn.extras import Extras, check_deterministic_bias
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIM_STEP = 8  # CUDA kernels read rows of whole 16-byte pieces
 
-# (softcap, dropout_p, names of the option tensors, which follow q, k and v): None without options.
-Options = tuple[float, float, tuple[str, ...]]
+# (softcap, dropout_p, whether max_logits are asked, names of the option tensors, which follow q, k
+# and v): None without options.
+Options = tuple[float, float, bool, tuple[str, ...]]
 
 
 def unpack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +37,7 @@ def _split(
     tensors: tuple[Tensor, ...], options: Options
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """The inputs of an Attention, and its options as keyword arguments of the forward op."""
-    softcap, dropout_p, names = options
+    softcap, dropout_p, _, names = options
     count = len(tensors) - len(names)
     extras = dict(zip(names, tensors[count:], strict=True))
     return tensors[:count], {"softcap": softcap, "dropout_p": dropout_p, **extras}
@@ -44,7 +45,7 @@ def _split(
 
 class Attention(torch.autograd.Function):
     """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), all of them differentiable, and of the
-    tensors among the options, of which the sink is.
+    tensors among the options, of which the sink and the bias are; max_logits if they are asked.
 
     Gradients have the packing of the inputs and are written there directly.
     """
@@ -58,21 +59,28 @@ class Attention(torch.autograd.Function):
         deterministic: bool,
         options: Options | None,
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
+        max_logits: list[Tensor] = []
         if options is None:
             qkv = unpack(tensors)
             out, softmax_lse = ops.forward(*qkv, softmax_scale, window_left, window_right)
         else:
             inputs, extras = _split(tensors, options)
             qkv = unpack(inputs)
-            out, softmax_lse = ops.forward(*qkv, softmax_scale, window_left, window_right, **extras)
+            forward = ops.forward_with_max_logits if options[2] else ops.forward
+            out, softmax_lse, *max_logits = forward(
+                *qkv, softmax_scale, window_left, window_right, **extras
+            )
+            ctx.mark_non_differentiable(*max_logits)
         ctx.save_for_backward(*tensors, out, softmax_lse)
         ctx.set_materialize_grads(False)
         ctx.call = ((softmax_scale, window_left, window_right, deterministic), options)
-        return out, softmax_lse
+        return out, softmax_lse, *max_logits
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
         # The guard against double backward costs time, and only a graph of gradients needs it.
         run = _backward_once if torch.is_grad_enabled() else _backward
         return run(ctx, dout, dlse)
@@ -108,15 +116,20 @@ def _backward_with_options(
     sink = extras.pop("sink", None)
     grads = tuple([torch.empty_like(tensor) for tensor in inputs])
     given = (dout, *unpack(inputs), out, softmax_lse, dlse, *unpack(grads))
-    softmax_d = ops.backward(*given, *arguments, **extras)
-    names = options[2]
-    option_grads: list[Tensor | None] = [None] * len(names)
-    if sink is not None and ctx.needs_input_grad[5 + len(inputs) + names.index("sink")]:
+    names = options[3]
+    needed = dict(zip(names, ctx.needs_input_grad[5 + len(inputs) :], strict=True))
+    option_grads: dict[str, Tensor | None] = dict.fromkeys(names)
+    dbias = None
+    if needed.get("bias"):
+        bias = extras["bias"]
+        dbias = torch.empty(bias.shape, dtype=torch.float32, device=bias.device)
+    softmax_d = ops.backward(*given, *arguments, **extras, dbias=dbias)
+    if dbias is not None:
+        option_grads["bias"] = dbias.to(bias.dtype)
+    if sink is not None and needed["sink"]:
         cu_seqlens_q = extras.get("cu_seqlens_q")
-        option_grads[names.index("sink")] = sink_gradient(
-            sink, softmax_lse, softmax_d, cu_seqlens_q
-        )
-    return (*grads, *option_grads)
+        option_grads["sink"] = sink_gradient(sink, softmax_lse, softmax_d, cu_seqlens_q)
+    return (*grads, *option_grads.values())
 
 
 _backward_once = once_differentiable(_backward)
@@ -125,14 +138,14 @@ _backward_once = once_differentiable(_backward)
 _apply: Any = super(torch.autograd.Function, Attention).apply
 
 
-def _apply_traced(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _apply_traced(*arguments: Any) -> tuple[Tensor, ...]:
     """Attention.apply for torch.compile, which does not trace one tensor as several arguments."""
     distinct: list[Any] = []
     for argument in arguments:
         if isinstance(argument, Tensor) and any([argument is other for other in distinct]):
             argument = argument.view_as(argument)
         distinct.append(argument)
-    results: tuple[Tensor, Tensor] = Attention.apply(*distinct)  # type: ignore[no-untyped-call]
+    results: tuple[Tensor, ...] = Attention.apply(*distinct)  # type: ignore[no-untyped-call]
     return results
 
 
@@ -231,8 +244,10 @@ def attention(
     window_right: int,
     deterministic: bool,
     extras: Extras | None = None,
-) -> tuple[Tensor, Tensor]:
-    """out and softmax_lse of (q, k, v), (q, kv) or (qkv,), which the compiled op checks.
+) -> tuple[Tensor, ...]:
+    """out, softmax_lse and, if asked, max_logits of (q, k, v), (q, kv) or (qkv,).
+
+    The compiled op checks them.
 
     `extras` are keyword arguments of the ops: what extras.py makes, and of packed tensors their
     cu_seqlens.
@@ -251,17 +266,22 @@ def attention(
     arguments = (softmax_scale, window_left, window_right)
     if torch.is_grad_enabled() and (
         any([tensor.requires_grad for tensor in tensors])
-        or (extras is not None and _sink_requires_grad(extras))
+        or (extras is not None and _any_requires_grad(extras))
     ):
         if extras is None:
-            out, softmax_lse = apply(*arguments, deterministic, None, *tensors)
+            out, *statistics = apply(*arguments, deterministic, None, *tensors)
         else:
-            out, softmax_lse = apply(*arguments, deterministic, *_flat(tensors, extras))
+            if deterministic and _requires_grad(extras, "bias"):
+                check_deterministic_bias(*unpack(tensors)[:2], extras["bias"])
+            out, *statistics = apply(*arguments, deterministic, *_flat(tensors, extras))
     elif extras is None:
-        out, softmax_lse = forward(*unpack(tensors), *arguments)
+        out, *statistics = forward(*unpack(tensors), *arguments)
+    elif "max_logits" in extras:
+        given = {name: value for name, value in extras.items() if name != "max_logits"}
+        out, *statistics = ops.forward_with_max_logits(*unpack(tensors), *arguments, **given)
     else:
-        out, softmax_lse = forward(*unpack(tensors), *arguments, **extras)
-    return out[..., :head_dim_v] if padded is not None else out, softmax_lse
+        out, *statistics = forward(*unpack(tensors), *arguments, **extras)
+    return out[..., :head_dim_v] if padded is not None else out, *statistics
 
 
 def forward_only(
@@ -279,12 +299,16 @@ def forward_only(
     return out if padded is None else out[..., : tensors[2].size(-1)], softmax_lse
 
 
-def _sink_requires_grad(extras: Extras) -> bool:
-    return "sink" in extras and bool(extras["sink"].requires_grad)
+def _requires_grad(extras: Extras, name: str) -> bool:
+    return isinstance(extras.get(name), Tensor) and bool(extras[name].requires_grad)
+
+
+def _any_requires_grad(extras: Extras) -> bool:
+    return _requires_grad(extras, "sink") or _requires_grad(extras, "bias")
 
 
 def _flat(tensors: tuple[Tensor, ...], extras: Extras) -> tuple[Any, ...]:
     """Options and tensors of an Attention."""
-    numbers = (extras.get("softcap", 0.0), extras.get("dropout_p", 0.0))
+    numbers = (extras.get("softcap", 0.0), extras.get("dropout_p", 0.0), "max_logits" in extras)
     names = tuple([name for name, value in extras.items() if isinstance(value, Tensor)])
     return ((*numbers, names), *tensors, *[extras[name] for name in names])

@@ -39,8 +39,10 @@ def make_extras(
     sink: Tensor | None,
     s_aux: Tensor | None,
     q: Tensor,
+    bias: Tensor | None = None,
+    return_max_logits: bool = False,
 ) -> Extras | None:
-    """What is on of the options that every function has; None if nothing is.
+    """What is on of the options of the public functions; None if nothing is.
 
     Draws the random state of dropout on the device of q.
     """
@@ -60,6 +62,10 @@ def make_extras(
         if not 0.0 < extras["dropout_p"] < 1.0:
             _reject("dropout_p", "a probability from 0 to below 1", dropout_p)
         extras["rng_state"] = draw_rng_state(getattr(q, "device", _CPU))
+    if bias is not None:
+        extras["bias"] = bias
+    if return_max_logits:
+        extras["max_logits"] = True
     return extras or None
 
 
@@ -132,6 +138,40 @@ def check_extras(q: Tensor, extras: Extras) -> None:
         check_vector("sink", sink, {"(heads,)": (heads,)}, torch.float32, q.device)
     if rng_state is not None:
         check_vector("rng_state", rng_state, {"(seed, offset)": (2,)}, torch.int64, q.device)
+
+
+def _shape_of_scores(q: Tensor, k: Tensor) -> tuple[int, ...]:
+    return q.size(0), q.size(2), q.size(1), k.size(1)
+
+
+def check_bias(q: Tensor, k: Tensor, bias: object) -> None:
+    """Of dense q and k, which have passed their checks."""
+    if not isinstance(bias, Tensor):
+        raise TypeError(f"bias: expected a torch.Tensor, got {type(bias).__name__}")
+    shape = _shape_of_scores(q, k)
+    own = shape[len(shape) - min(bias.dim(), len(shape)) :]
+    fits = [bias.size(dim) == size or bias.size(dim) == 1 for dim, size in enumerate(own)]
+    if bias.dim() > len(shape) or not all(fits):
+        expected = f"a shape that broadcasts to (batch, heads, seqlen_q, seqlen_k) = {shape}"
+        _reject("bias", expected, tuple(bias.shape))
+    if bias.dtype not in (q.dtype, torch.float32):
+        expected = f"dtype torch.float32 or that of q ({q.dtype})"
+        hint = " (of a mask make -inf where it hides keys)" if bias.dtype == torch.bool else ""
+        _reject("bias", expected, f"{bias.dtype}{hint}")
+    if bias.device != q.device:
+        _reject("bias", f"the device of q ({q.device})", bias.device)
+
+
+def check_deterministic_bias(q: Tensor, k: Tensor, bias: Tensor) -> None:
+    """Where pairs share an element of the bias, their gradients are summed in no fixed order."""
+    batch, heads, seqlen_q, seqlen_k = _shape_of_scores(q, k)
+    if bias.numel() < batch * heads * seqlen_q * seqlen_k:
+        raise ValueError(
+            "deterministic: expected False with the gradient of a bias that is broadcast, of shape "
+            f"{tuple(bias.shape)}, got True. A bias of the full shape, bias.expand(batch, heads, "
+            "seqlen_q, seqlen_k), has its gradient summed by torch, in a fixed order and the "
+            "memory of the full shape."
+        )
 
 
 def is_index(value: object) -> bool:

@@ -101,6 +101,8 @@ def flash_attn_func(
     sink: Tensor | None = None,
     s_aux: Tensor | None = None,
     return_softmax_lse: bool = False,
+    bias: Tensor | None = None,
+    return_max_logits: bool = False,
 ) -> Result:
     """Exact attention: softmax(softmax_scale * q k^T, masked) v, without storing the score matrix.
 
@@ -154,6 +156,17 @@ def flash_attn_func(
             computed in float32.
         s_aux: another name of sink.
         return_softmax_lse: also return softmax_lse.
+        bias: any shape that broadcasts to (batch, heads, seqlen_q, seqlen_k), any strides, float32
+            or dtype of q: added to the scores, beside ALiBi. Nothing of the broadcast shape is
+            stored. Where it is -inf a query doesn't see the key. It gets its gradient if it
+            requires one, summed in float32 in its own shape, where it is broadcast in no fixed
+            order: with deterministic=True that is refused (pass bias.expand(batch, heads, seqlen_q,
+            seqlen_k) instead, whose gradient has the full shape). On Hopper the kernels of sm80
+            serve it. The functions for packed sequences and caches don't take it.
+        return_max_logits: also return, last, the largest score that enters the softmax of each
+            query head, (heads,), float32: the maximum over the batch of the scaled, capped and
+            biased scores of all queries and the keys they see; -inf if there are none. A sink
+            doesn't count. Not differentiable. What optimisers that clip queries and keys read.
 
     Returns:
         The output, (batch, seqlen_q, heads, head_dim_v). With return_softmax_lse=True, (output,
@@ -161,7 +174,9 @@ def flash_attn_func(
         exp(scores), from scaled, capped and biased scores. With return_attn_probs=True, (output,
         softmax_lse, S_dmask): empty without dropout, otherwise (batch, heads, seqlen_q, seqlen_k),
         lengths rounded up to multiples of 128, exp(score - largest score of the row), negative
-        where dropped, at the cost of the whole score matrix.
+        where dropped, at the cost of the whole score matrix. With return_max_logits=True,
+        max_logits comes behind what else is returned: (output, max_logits), (output, softmax_lse,
+        max_logits) or (output, softmax_lse, S_dmask, max_logits).
 
     Raises:
         ValueError, TypeError: an argument isn't as described above.
@@ -174,7 +189,8 @@ def flash_attn_func(
         >>> out = flash_attn_func(q, k, v, causal=True, window_size=(255, 0))
         >>> out.sum().backward()
     """
-    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, q)
+    given = (dropout_p, softcap, alibi_slopes, sink, s_aux, q, bias, return_max_logits)
+    extras = make_extras(*given)
     options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
     tensors = autocast_inputs((q, k, v))
     return attend(problem.check_qkv, tensors, *options, return_softmax_lse, extras)
@@ -195,13 +211,16 @@ def flash_attn_kvpacked_func(
     sink: Tensor | None = None,
     s_aux: Tensor | None = None,
     return_softmax_lse: bool = False,
+    bias: Tensor | None = None,
+    return_max_logits: bool = False,
 ) -> Result:
     """`flash_attn_func` with keys and values in one tensor.
 
     Args:
         kv: (batch, seqlen_k, 2, heads_k, head_dim); its gradient is one tensor too, without a copy.
     """
-    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, q)
+    given = (dropout_p, softcap, alibi_slopes, sink, s_aux, q, bias, return_max_logits)
+    extras = make_extras(*given)
     options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
     tensors = autocast_inputs((q, kv))
     return attend(problem.check_kvpacked, tensors, *options, return_softmax_lse, extras)
@@ -221,13 +240,16 @@ def flash_attn_qkvpacked_func(
     sink: Tensor | None = None,
     s_aux: Tensor | None = None,
     return_softmax_lse: bool = False,
+    bias: Tensor | None = None,
+    return_max_logits: bool = False,
 ) -> Result:
     """`flash_attn_func` with queries, keys and values in one tensor.
 
     Args:
         qkv: (batch, seqlen, 3, heads, head_dim); its gradient is one tensor too, without a copy.
     """
-    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, qkv)
+    given = (dropout_p, softcap, alibi_slopes, sink, s_aux, qkv, bias, return_max_logits)
+    extras = make_extras(*given)
     options = (softmax_scale, causal, window_size, deterministic, return_attn_probs)
     tensors = autocast_inputs((qkv,))
     return attend(problem.check_qkvpacked, tensors, *options, return_softmax_lse, extras)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import register_flop_formula
 
-from flash_attn.extras import check_extras
+from flash_attn.extras import check_bias, check_extras
 from flash_attn.problem import check_qkv
 
 ROW_PADDING = 128  # rows of softmax_d are padded to a multiple of this
@@ -69,15 +69,17 @@ def build_info() -> BuildInfo:
 # forward_eager is what calling the overload comes down to outside of torch.compile.
 forward: Any
 forward_eager: Any
+forward_with_max_logits: Any
 backward: Any
 cuda_archs: tuple[str, ...]
 if load_error is None:
     forward = torch.ops.flash_attn.forward.default
     forward_eager = getattr(forward, "_op", forward)
+    forward_with_max_logits = torch.ops.flash_attn.forward_with_max_logits.default
     backward = torch.ops.flash_attn.backward.default
     cuda_archs = tuple(build_info()["cuda_archs"])
 else:
-    forward = forward_eager = backward = _raise_not_loaded
+    forward = forward_eager = forward_with_max_logits = backward = _raise_not_loaded
     cuda_archs = ()
 
 
@@ -148,9 +150,18 @@ def _forward_fake(
     any_batch = is_packed or tensors.get("batch_idx_k") is not None
     check_qkv(q, k, v, is_packed, k_is_packed, any_batch)
     check_extras(q, tensors)
+    if tensors.get("bias") is not None:
+        check_bias(q, k, tensors["bias"])
     lse_shape = (q.size(1), q.size(0)) if is_packed else (q.size(0), q.size(2), q.size(1))
     softmax_lse = q.new_empty(lse_shape, dtype=torch.float32)
     return q.new_empty((*q.shape[:-1], v.size(-1))), softmax_lse
+
+
+def _forward_with_max_logits_fake(
+    q: Tensor, *args: Any, **options: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, softmax_lse = _forward_fake(q, *args, **options)
+    return out, softmax_lse, q.new_empty(q.size(-2), dtype=torch.float32)
 
 
 def _backward_fake(
@@ -208,6 +219,12 @@ def _backward_flops(
 
 if load_error is None:
     torch.library.register_fake("flash_attn::forward")(_forward_fake)
+    torch.library.register_fake("flash_attn::forward_with_max_logits")(
+        _forward_with_max_logits_fake
+    )
     torch.library.register_fake("flash_attn::backward")(_backward_fake)
     register_flop_formula(torch.ops.flash_attn.forward, get_raw=True)(_forward_flops)
+    register_flop_formula(torch.ops.flash_attn.forward_with_max_logits, get_raw=True)(
+        _forward_flops
+    )
     register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)(_backward_flops)

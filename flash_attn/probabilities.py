@@ -77,6 +77,7 @@ def signed_probabilities(
         window_size=window,
         softcap=extras.get("softcap", 0.0),
         alibi_slopes=extras.get("alibi_slopes"),
+        bias=extras.get("bias"),
         seqused_q=seqused_q,
         seqused_k=seqused_k if extras.get("seqused_k") is None else extras["seqused_k"],
         leftpad_k=extras.get("leftpad_k"),

@@ -73,6 +73,7 @@ def masked_scores(
     *,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
     seqused_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
@@ -91,8 +92,12 @@ def masked_scores(
     if alibi_slopes is not None:
         slopes = alibi_slopes.to(scores.dtype).view(-1, heads, 1, 1)
         scores = scores - slopes * distances[:, None].abs()
+    if bias is not None:
+        scores = scores + bias.to(scores.dtype)
     window = window_of(causal, window_size)
     visible = _visible(distances, window, seqused_q, seqused_k, leftpad_k)[:, None]
+    if bias is not None:
+        visible = visible & (scores > float("-inf"))
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min), visible
 
 
@@ -107,6 +112,7 @@ def attention_reference(
     *,
     softcap: float = 0.0,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout_p: float = 0.0,
     keep: Tensor | None = None,
     sink: Tensor | None = None,
@@ -117,8 +123,8 @@ def attention_reference(
     """Output and softmax_lse of `flash_attn_func`, computed in dtype, differentiable.
 
     Args:
-        q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, sink: as those of
-            `flash_attn_func`.
+        q, k, v, softmax_scale, causal, window_size, softcap, alibi_slopes, bias, sink: as those
+            of `flash_attn_func`.
         dtype: of the computation and of both results.
         dropout_p, keep: dropout with the probabilities kept that `keep` says, (batch, heads,
             seqlen_q, seqlen_k) bool, by column of k: see `flash_attn.dropout.dropout_mask`.
@@ -136,6 +142,7 @@ def attention_reference(
         window_size,
         softcap=softcap,
         alibi_slopes=alibi_slopes,
+        bias=bias,
         seqused_q=seqused_q,
         seqused_k=seqused_k,
         leftpad_k=leftpad_k,

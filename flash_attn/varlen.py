@@ -53,6 +53,7 @@ def flash_attn_varlen_func(
     sink: Tensor | None = None,
     s_aux: Tensor | None = None,
     return_softmax_lse: bool = False,
+    return_max_logits: bool = False,
 ) -> Result:
     """`flash_attn_func` of sequences of different lengths, packed one after the other.
 
@@ -78,7 +79,8 @@ def flash_attn_varlen_func(
         The output, (total_q, heads, head_dim_v); softmax_lse is (heads, total_q); S_dmask has
         max_seqlen_q and max_seqlen_k for lengths.
     """
-    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, q)
+    options = (dropout_p, softcap, alibi_slopes, sink, s_aux, q, None, return_max_logits)
+    extras = make_extras(*options)
     check_max_seqlen("max_seqlen_q", max_seqlen_q)
     check_max_seqlen("max_seqlen_k", max_seqlen_k)
     if block_table is not None:
@@ -120,13 +122,15 @@ def flash_attn_varlen_kvpacked_func(
     sink: Tensor | None = None,
     s_aux: Tensor | None = None,
     return_softmax_lse: bool = False,
+    return_max_logits: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` with keys and values in one tensor.
 
     Args:
         kv: (total_k, 2, heads_k, head_dim); its gradient is one tensor too, without a copy.
     """
-    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, q)
+    options = (dropout_p, softcap, alibi_slopes, sink, s_aux, q, None, return_max_logits)
+    extras = make_extras(*options)
     check_max_seqlen("max_seqlen_q", max_seqlen_q)
     check_max_seqlen("max_seqlen_k", max_seqlen_k)
 
@@ -163,6 +167,7 @@ def flash_attn_varlen_qkvpacked_func(
     sink: Tensor | None = None,
     s_aux: Tensor | None = None,
     return_softmax_lse: bool = False,
+    return_max_logits: bool = False,
 ) -> Result:
     """`flash_attn_varlen_func` with queries, keys and values in one tensor.
 
@@ -171,7 +176,8 @@ def flash_attn_varlen_qkvpacked_func(
         cu_seqlens: (batch + 1,) int32, borders of the sequences of queries and keys.
         max_seqlen: length of the longest.
     """
-    extras = make_extras(dropout_p, softcap, alibi_slopes, sink, s_aux, qkv)
+    options = (dropout_p, softcap, alibi_slopes, sink, s_aux, qkv, None, return_max_logits)
+    extras = make_extras(*options)
     check_max_seqlen("max_seqlen", max_seqlen)
 
     def check(qkv: Tensor) -> None:

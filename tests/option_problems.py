@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,8 @@ class Problem:
     alibi: Literal["", "heads", "sequences"] = ""
     dropout_p: float = 0.0
     sink: bool = False
+    bias: str = ""  # of "bhqk": the dimensions that it has, of (batch, heads, seqlen_q, seqlen_k)
+    bias_in_fp32: bool = False  # else of the dtype of q
 
     def __str__(self) -> str:
         return self.name
@@ -63,7 +66,15 @@ class Problem:
     def v_cols(self) -> int:
         return self.head_dim if self.head_dim_v is None else self.head_dim_v
 
-    def options(self, device: str) -> Options:
+    def random_bias(self, dtype: torch.dtype, device: str) -> Tensor | None:
+        if not self.bias:
+            return None
+        sizes = (len(self.lengths_q), self.heads, self.lengths_q[0], self.lengths_k[0])
+        shape = [size if dim in self.bias else 1 for dim, size in zip("bhqk", sizes, strict=True)]
+        bias = torch.randn(shape, device=device) * 2
+        return bias if self.bias_in_fp32 else bias.to(dtype)
+
+    def options(self, dtype: torch.dtype, device: str) -> Options:
         """Random where it is tensors."""
         shape = (len(self.lengths_q), self.heads) if self.alibi == "sequences" else (self.heads,)
         slopes = torch.rand(shape, device=device) * 0.5 if self.alibi else None
@@ -76,6 +87,7 @@ class Problem:
             self.dropout_p,
             rng_state if self.dropout_p else None,
             torch.randn(self.heads, device=device) * 2 if self.sink else None,
+            self.random_bias(dtype, device),
         )
 
     def spans(self, lengths: Sequence[int], packed: bool) -> list[Span]:
@@ -124,7 +136,7 @@ def make_inputs(problem: Problem, dtype: torch.dtype, device: str) -> Inputs:
     dout = random_rows(problem, *of_q, problem.v_cols)
     dlse = random_rows(problem, *of_q, 1).squeeze(3).transpose(1, 2).contiguous()
     q, k, v, dout = (tensor.to(device, dtype) for tensor in (q, k, v, dout))
-    return Inputs(q, k, v, dout, dlse.to(device), spans_q, spans_k, problem.options(device))
+    return Inputs(q, k, v, dout, dlse.to(device), spans_q, spans_k, problem.options(dtype, device))
 
 
 class Results(NamedTuple):
@@ -134,6 +146,7 @@ class Results(NamedTuple):
     dk: Tensor
     dv: Tensor
     softmax_d: Tensor
+    dbias: Tensor  # without elements if there is no bias
 
 
 def score_arguments(options: Options) -> dict[str, Any]:
@@ -141,6 +154,7 @@ def score_arguments(options: Options) -> dict[str, Any]:
     return {
         "softcap": options.softcap,
         "alibi_slopes": options.alibi_slopes,
+        "bias": options.bias,
         "dropout_p": options.dropout_p,
         "rng_state": options.rng_state,
     }
@@ -161,16 +175,18 @@ def op_results(
     )
     k, v = (tensor[0] if packed_k else tensor for tensor in (inputs.k, inputs.v))
     grads = [torch.full_like(tensor, NAN) for tensor in (q, k, v)]
+    bias = options.bias
+    dbias = None if bias is None else torch.full(bias.shape, NAN, device=device)
+    is_shared = bias is not None and any(size == 1 for size in bias.shape)
     settings = options.scale, *options.window
     with op_threads(threads):
         out, lse = ops.forward(q, k, v, *settings, sink=options.sink, **arguments)
-        softmax_d = ops.backward(
-            dout, q, k, v, out, lse, dlse, *grads, *settings, True, **arguments
-        )
+        given = (dout, q, k, v, out, lse, dlse, *grads, *settings, not is_shared)
+        softmax_d = ops.backward(*given, dbias=dbias, **arguments)
     assert out.dtype == q.dtype and lse.dtype == softmax_d.dtype == torch.float32
     of_q = [tensor[None] if packed_q else tensor for tensor in (out, lse, grads[0], softmax_d)]
     of_k = [tensor[None] if packed_k else tensor for tensor in grads[1:]]
-    return Results(*of_q[:3], *of_k, of_q[3])
+    return Results(*of_q[:3], *of_k, of_q[3], q.new_empty(0) if dbias is None else dbias)
 
 
 def reference_results(inputs: Inputs, dtype: torch.dtype) -> Results:
@@ -178,10 +194,16 @@ def reference_results(inputs: Inputs, dtype: torch.dtype) -> Results:
     leaves = tuple(
         tensor.detach().to(dtype).requires_grad_() for tensor in (inputs.q, inputs.k, inputs.v)
     )
-    spans = inputs.spans_q, inputs.spans_k
-    out, lse = attention_of_sequences(*leaves, *spans, inputs.options)
+    options = inputs.options
+    if options.bias is not None:
+        # As exact as the scores that it is added to, and its gradient as what it is summed of.
+        bias = options.bias.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        options, leaves = dataclasses.replace(options, bias=bias), (*leaves, bias)
+    out, lse = attention_of_sequences(*leaves[:3], inputs.spans_q, inputs.spans_k, options)
     dout, dlse = inputs.dout.nan_to_num(), inputs.dlse.nan_to_num()
-    return Results(out, lse, *gradients(out, lse, leaves, dout, dlse), lse.new_empty(0))
+    dq, dk, dv, *dbias = gradients(out, lse, leaves, dout, dlse)
+    none = lse.new_empty(0)
+    return Results(out, lse, dq, dk, dv, none, *(dbias or [none]))
 
 
 def check_problem(problem: Problem, dtype: torch.dtype, device: str) -> None:
@@ -196,7 +218,7 @@ def check_results(problem: Problem, inputs: Inputs, got: Results) -> None:
     exact = reference_results(inputs, torch.float64)
     torch_result = reference_results(inputs, dtype)
     floors = fp32_floors(problem, inputs, exact)
-    for name in ("out", "dq", "dk", "dv"):
+    for name in ("out", "dq", "dk", "dv", "dbias"):
         results = (getattr(of, name) for of in (got, torch_result, exact))
         assert_as_exact_as_torch(name, *results, dtype, floors[name])
     check_lse(inputs, got.softmax_lse, exact.softmax_lse, floors["softmax_lse"])
@@ -212,9 +234,12 @@ def fp32_floors(problem: Problem, inputs: Inputs, exact: Results) -> dict[str, f
     if inputs.options.alibi_slopes is not None:
         farthest = max(problem.lengths_q + problem.lengths_k)
         score += unit * largest(inputs.options.alibi_slopes) * farthest
+    if inputs.options.bias is not None:
+        score += unit * largest(inputs.options.bias)
     lse = 2 * unit * largest(exact.softmax_lse[exact.softmax_lse.isfinite()])
     kept = 1 / (1 - problem.dropout_p)
-    ds = scaled_unit * kept * largest((dout.double() * exact.out).abs().sum(dim=-1))
+    row_ds = unit * kept * largest((dout.double() * exact.out).abs().sum(dim=-1))
+    ds = problem.scale * row_ds
     steps = max(problem.lengths_q) * problem.heads // problem.heads_k / 16
     cut = unit * steps if q.is_cuda else 0.0
     return {
@@ -223,7 +248,14 @@ def fp32_floors(problem: Problem, inputs: Inputs, exact: Results) -> dict[str, f
         "dq": (score + lse) * largest(exact.dq) + ds * largest(k),
         "dk": (score + lse + cut) * largest(exact.dk) + ds * largest(q),
         "dv": (score + lse + cut) * largest(exact.dv),
+        "dbias": (score + lse) * largest(exact.dbias) + rows_each(inputs) * row_ds,
     }
+
+
+def rows_each(inputs: Inputs) -> int:
+    """Rows of scores in which one element of the bias lies."""
+    bias = inputs.options.bias
+    return 0 if bias is None else inputs.q[..., 0].numel() // bias.shape[:3].numel()
 
 
 def check_lse(inputs: Inputs, got: Tensor, exact: Tensor, floor: float) -> None:

@@ -39,6 +39,7 @@ class Options:
     dropout_p: float = 0.0
     rng_state: Tensor | None = None
     sink: Tensor | None = None
+    bias: Tensor | None = None  # broadcasts to (sequences, heads, seqlen_q, seqlen_k)
 
 
 def philox4x32_7(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -93,6 +94,8 @@ def one_sequence(
         row = torch.arange(seqlen_q, device=q.device).unsqueeze(1) + seqlen_k - seqlen_q
         distance = (row - torch.arange(seqlen_k, device=q.device)).abs()
         scores = scores - slopes[:, None, None] * distance
+    if options.bias is not None:
+        scores = scores + options.bias[batch % options.bias.shape[0]].to(scores)
     left, right = options.window
     visible = visible_keys(seqlen_q, seqlen_k, False, (left, right), q.device)
     # A finite fill keeps rows without keys free of NaN, also in the backward.

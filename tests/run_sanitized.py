@@ -62,6 +62,19 @@ def run_packed(head_dims: tuple[int, int], window: tuple[int, int], options: Opt
     torch.cuda.synchronize()
 
 
+def run_biased(head_dims: tuple[int, int], window: tuple[int, int], shape: tuple[int, ...]) -> None:
+    """A bias that is read where it lies, unaligned, and its gradient."""
+    kind = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": True}
+    q = torch.randn(2, 193, 2, head_dims[0], **kind)
+    k = torch.randn(2, 300, 1, head_dims[0], **kind)
+    v = torch.randn(2, 300, 1, head_dims[1], **kind)
+    bias = torch.randn(*shape[:-1], shape[-1] + 1, **kind)[..., 1:]
+    options: Options = {"softcap": 5.0, "dropout_p": 0.3, "return_max_logits": True}
+    out, _ = flash_attn_func(q, k, v, window_size=window, bias=bias, **options)
+    out.float().sum().backward()
+    torch.cuda.synchronize()
+
+
 def main() -> int:
     one_family = [int(argument) for argument in sys.argv[1:]]
     for family in one_family or (90, 80):
@@ -80,6 +93,10 @@ def main() -> int:
         for head_dims, window in itertools.product(HEAD_DIMS, WINDOWS):
             run_packed(head_dims, window, extras)
             print(f"extras, packed: {head_dims} {window}", flush=True)
+        shapes = ((2, 2, 193, 300), (2, 193, 300), (2, 1, 1, 300))
+        for head_dims, window, shape in itertools.product(HEAD_DIMS, WINDOWS, shapes):
+            run_biased(head_dims, window, shape)
+            print(f"bias {shape}: {head_dims} {window}", flush=True)
         with ops.backward_sections(1):  # every wait of the sm90 backward for sums of dq
             for head_dims, window, in_order in itertools.product(HEAD_DIMS, WINDOWS, (False, True)):
                 run(head_dims, (193, 300), window, 8, backward=True, deterministic=in_order)

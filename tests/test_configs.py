@@ -263,6 +263,17 @@ def test_sm90_refuses_what_it_has_no_kernel_for(host: ModuleType) -> None:
     assert select_sm90(host, smem=SMEM_SM80) is None
 
 
+def test_sm90_refuses_a_bias(host: ModuleType) -> None:
+    """The sm80 family serves it."""
+    bf16 = host.DType.bf16
+    for head_dim in range(8, 257, 8):
+        args = (bf16, 64, 64, head_dim, head_dim, host.Mask(-1, 0), SMEM_SM90, True)
+        assert host.select_sm90_forward(*args) is not None
+        assert host.select_sm90_forward(*args, bias=True) is None
+        args = (bf16, head_dim, head_dim, SMEM_SM90, True)
+        assert host.select_sm90_backward(*args, bias=True) is None
+
+
 def test_sm90_backward_rows_are_unique_and_the_same_for_both_dtypes(host: ModuleType) -> None:
     rows = {dtype: [] for dtype in DTYPES}
     for row in host.sm90_backward_rows():

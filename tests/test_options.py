@@ -31,7 +31,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "alibi": {"alibi": "sequences"},
     "dropout": {"dropout_p": 0.3},
     "sink": {"sink": True},
+    "bias": {"bias": "hqk"},
 }
+DENSE_ONLY = ("bias",)
 CAUSAL = {"window": (-1, 0)}
 PACKED: dict[str, Any] = {
     "lengths_q": (0, 97, 20, 130),
@@ -44,7 +46,11 @@ PACKED: dict[str, Any] = {
 PROBLEMS = (
     [Problem(name, **option) for name, option in OPTIONS.items()]
     + [Problem(f"{name}_causal", **option, **CAUSAL) for name, option in OPTIONS.items()]
-    + [Problem(f"{name}_packed", **option, **PACKED) for name, option in OPTIONS.items()]
+    + [
+        Problem(f"{name}_packed", **option, **PACKED)
+        for name, option in OPTIONS.items()
+        if name not in DENSE_ONLY
+    ]
     + [
         Problem(f"{one}_{other}", **OPTIONS[one], **OPTIONS[other], window=(50, 20))
         for one, other in itertools.combinations(OPTIONS, 2)
@@ -53,10 +59,11 @@ PROBLEMS = (
 EVERYTHING: dict[str, Any] = {
     name: value for option in OPTIONS.values() for name, value in option.items()
 }
+EVERYTHING_PACKED = EVERYTHING | {"bias": ""}
 PROBLEMS += [
     Problem("everything", **EVERYTHING),
     Problem("everything_mqa", **EVERYTHING, **CAUSAL, heads=6, heads_k=1, head_dim=32),
-    Problem("everything_packed", **EVERYTHING, **PACKED, window=(60, 0)),
+    Problem("everything_packed", **EVERYTHING_PACKED, **PACKED, window=(60, 0)),
     Problem("everything_head_dim_128", **EVERYTHING, **CAUSAL, head_dim=128),
     Problem("everything_head_dim_256", **EVERYTHING, head_dim=256),
     Problem("everything_head_dim_96_32", **EVERYTHING, **CAUSAL, head_dim=96, head_dim_v=32),
@@ -252,7 +259,7 @@ def test_slopes_of_heads_are_those_of_every_sequence(device: str) -> None:
 
 
 @on_devices
-@pytest.mark.parametrize("option", ["softcap", "alibi", "dropout", "sink"])
+@pytest.mark.parametrize("option", list(OPTIONS))
 def test_nan_is_not_lost(option: str, device: str) -> None:
     """A diverged query reaches its row, also through tanh; no other row."""
     inputs = make_inputs(Problem(option, **OPTIONS[option]), usual_dtype(device), device)

@@ -22,7 +22,8 @@ TAIL = (
     "dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
     "alibi_slopes=None, deterministic=False, return_attn_probs=False"
 )
-EXTRAS = "*, sink=None, s_aux=None, return_softmax_lse=False"
+PACKED_EXTRAS = "*, sink=None, s_aux=None, return_softmax_lse=False, return_max_logits=False"
+EXTRAS = PACKED_EXTRAS.replace("return_max", "bias=None, return_max")
 BORDERS = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k"
 RAW = "dropout_p, softmax_scale, causal"
 WINDOW = "window_size_left, window_size_right"
@@ -30,9 +31,9 @@ SIGNATURES = {
     "flash_attn_func": f"q, k, v, {TAIL}, {EXTRAS}",
     "flash_attn_kvpacked_func": f"q, kv, {TAIL}, {EXTRAS}",
     "flash_attn_qkvpacked_func": f"qkv, {TAIL}, {EXTRAS}",
-    "flash_attn_varlen_func": f"q, k, v, {BORDERS}, {TAIL}, block_table=None, {EXTRAS}",
-    "flash_attn_varlen_kvpacked_func": f"q, kv, {BORDERS}, {TAIL}, {EXTRAS}",
-    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}, {EXTRAS}",
+    "flash_attn_varlen_func": f"q, k, v, {BORDERS}, {TAIL}, block_table=None, {PACKED_EXTRAS}",
+    "flash_attn_varlen_kvpacked_func": f"q, kv, {BORDERS}, {TAIL}, {PACKED_EXTRAS}",
+    "flash_attn_varlen_qkvpacked_func": f"qkv, cu_seqlens, max_seqlen, {TAIL}, {PACKED_EXTRAS}",
     "flash_attn_with_kvcache": (
         "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, "
         "cache_seqlens=None, cache_batch_idx=None, cache_leftpad=None, block_table=None, "

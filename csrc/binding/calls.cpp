@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <limits>
 #include <utility>
 
 namespace flash::binding {
@@ -109,6 +110,24 @@ void check_backward(BackwardTensors const& in) {
   check_writable("dv", in.dv);
 }
 
+/// fp32 (num_heads), -inf.
+Tensor new_max_logits(Tensor const& q, Problem const& problem) {
+  Tensor result = new_tensor(q, {problem.shape.num_heads}, aoti_torch_dtype_float32());
+  torch::stable::fill_(result, -std::numeric_limits<double>::infinity());
+  return result;
+}
+
+/// Of zeros, where the gradients of the pairs are summed.
+Bias zeroed_dbias(std::optional<Tensor>& dbias, Options const& options, Problem const& problem,
+                  bool deterministic) {
+  if (!dbias) {
+    return {};
+  }
+  Bias const result = checked_dbias(*dbias, options.bias, problem, deterministic);
+  torch::stable::zero_(*dbias);
+  return result;
+}
+
 BackwardTensors checked_and_aligned(BackwardTensors const& in, int alignment) {
   check_backward(in);
   std::optional<Tensor> dlse;
@@ -124,7 +143,8 @@ BackwardTensors checked_and_aligned(BackwardTensors const& in, int alignment) {
           .dlse = std::move(dlse),
           .dq = writable(in.dq, alignment),
           .dk = writable(in.dk, alignment),
-          .dv = writable(in.dv, alignment)};
+          .dv = writable(in.dv, alignment),
+          .dbias = in.dbias};
 }
 
 }  // namespace
@@ -147,7 +167,7 @@ Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int3
 }
 
 ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in,
-                         Options const& options, int alignment)
+                         Options const& options, bool asks_max_logits, int alignment)
     : dtype(checked_dtype(q_in)),
       problem(checked_inputs(q_in, k_in, v_in, options.sequences)),
       q(readable(q_in, alignment)),
@@ -155,19 +175,23 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
       v(readable(v_in, alignment)),
       out(new_like(q, problem.shape.head_dim_v)),
       softmax_lse(new_row_statistic(q, problem, problem.shape.seqlen_q)),
-      params{.q = strided(q),
-             .k = strided(k),
-             .v = strided(v),
-             .out = strided(out),
-             .softmax_lse = static_cast<float*>(softmax_lse.data_ptr()),
-             .shape = problem.shape,
-             .sequences = problem.sequences,
-             .mask = mask_of(options),
-             .softmax_scale = checked_scale(options.softmax_scale),
-             .scores = checked_scores(options.softcap, options.alibi_slopes, q, problem.shape),
-             .dropout = checked_dropout(options.dropout_p, options.rng_state, q),
-             .sink = checked_sink(options.sink, q, problem.shape),
-             .workspace = nullptr} {}
+      max_logits(asks_max_logits ? std::optional(new_max_logits(q, problem)) : std::nullopt),
+      params{
+          .q = strided(q),
+          .k = strided(k),
+          .v = strided(v),
+          .out = strided(out),
+          .softmax_lse = static_cast<float*>(softmax_lse.data_ptr()),
+          .shape = problem.shape,
+          .sequences = problem.sequences,
+          .mask = mask_of(options),
+          .softmax_scale = checked_scale(options.softmax_scale),
+          .scores = checked_scores(options.softcap, options.alibi_slopes, options.bias, q, problem),
+          .dropout = checked_dropout(options.dropout_p, options.rng_state, q),
+          .sink = checked_sink(options.sink, q, problem.shape),
+          .max_logits = max_logits ? static_cast<float*>(max_logits->data_ptr()) : nullptr,
+          .max_slack = max_logits ? 0.f : kMaxSlack,
+          .workspace = nullptr} {}
 
 BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool deterministic,
                            int alignment)
@@ -177,27 +201,28 @@ BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool
       aligned(checked_and_aligned(given, alignment)),
       softmax_d(
           new_row_statistic(given.q, problem, softmax_d_rows(problem.shape, problem.sequences))),
-      params{
-          .q = strided(aligned.q),
-          .k = strided(aligned.k),
-          .v = strided(aligned.v),
-          .out = strided(aligned.out),
-          .dout = strided(aligned.dout),
-          .dq = strided(aligned.dq),
-          .dk = strided(aligned.dk),
-          .dv = strided(aligned.dv),
-          .softmax_lse = static_cast<float const*>(aligned.softmax_lse.data_ptr()),
-          .dlse = aligned.dlse ? static_cast<float const*>(aligned.dlse->data_ptr()) : nullptr,
-          .softmax_d = static_cast<float*>(softmax_d.data_ptr()),
-          .softmax_d_rows = softmax_d_rows(problem.shape, problem.sequences),
-          .shape = problem.shape,
-          .sequences = problem.sequences,
-          .mask = mask_of(options),
-          .softmax_scale = checked_scale(options.softmax_scale),
-          .scores = checked_scores(options.softcap, options.alibi_slopes, given.q, problem.shape),
-          .dropout = checked_dropout(options.dropout_p, options.rng_state, given.q),
-          .deterministic = deterministic,
-          .workspace = nullptr} {}
+      params{.q = strided(aligned.q),
+             .k = strided(aligned.k),
+             .v = strided(aligned.v),
+             .out = strided(aligned.out),
+             .dout = strided(aligned.dout),
+             .dq = strided(aligned.dq),
+             .dk = strided(aligned.dk),
+             .dv = strided(aligned.dv),
+             .softmax_lse = static_cast<float const*>(aligned.softmax_lse.data_ptr()),
+             .dlse = aligned.dlse ? static_cast<float const*>(aligned.dlse->data_ptr()) : nullptr,
+             .softmax_d = static_cast<float*>(softmax_d.data_ptr()),
+             .softmax_d_rows = softmax_d_rows(problem.shape, problem.sequences),
+             .shape = problem.shape,
+             .sequences = problem.sequences,
+             .mask = mask_of(options),
+             .softmax_scale = checked_scale(options.softmax_scale),
+             .scores = checked_scores(options.softcap, options.alibi_slopes, options.bias, given.q,
+                                      problem),
+             .dbias = zeroed_dbias(given.dbias, options, problem, deterministic),
+             .dropout = checked_dropout(options.dropout_p, options.rng_state, given.q),
+             .deterministic = deterministic,
+             .workspace = nullptr} {}
 
 bool BackwardCall::is_empty() const {
   Shape const& shape = problem.shape;

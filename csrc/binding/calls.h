@@ -2,6 +2,8 @@
 #pragma once
 
 #include <initializer_list>
+#include <tuple>
+#include <type_traits>
 
 #include "binding/check.h"
 
@@ -16,6 +18,7 @@ struct Options {
   int64_t window_right;
   double softcap;
   Given alibi_slopes;
+  Given bias;
   double dropout_p;
   Given rng_state;
   Given sink;  // of the forward
@@ -30,7 +33,7 @@ Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int3
 /// copied; that and a dout without contiguous rows are the only copies ever made.
 struct ForwardCall {
   ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in, Options const& options,
-              int alignment);
+              bool asks_max_logits, int alignment);
 
   /// True if the outputs have no elements.
   bool is_empty() const { return problem.sequences.entries_q == 0 || problem.shape.seqlen_q == 0; }
@@ -39,14 +42,29 @@ struct ForwardCall {
   Problem problem;
   Tensor q, k, v;
   Tensor out, softmax_lse;
+  std::optional<Tensor> max_logits;  // if asked, -inf until the kernels raise it
   ForwardParams params;
 };
+
+template <bool kMaxLogits>
+using ForwardResult =
+    std::conditional_t<kMaxLogits, std::tuple<Tensor, Tensor, Tensor>, std::tuple<Tensor, Tensor>>;
+
+template <bool kMaxLogits>
+ForwardResult<kMaxLogits> forward_result(ForwardCall const& call) {
+  if constexpr (kMaxLogits) {
+    return {call.out, call.softmax_lse, *call.max_logits};
+  } else {
+    return {call.out, call.softmax_lse};
+  }
+}
 
 /// The tensors of a backward call.
 struct BackwardTensors {
   Tensor dout, q, k, v, out, softmax_lse;
   std::optional<Tensor> dlse;
   Tensor dq, dk, dv;
+  std::optional<Tensor> dbias;  // zeroed by the call
 };
 
 /// One backward call: checked tensors, allocated softmax_d. The workspace is left to the backend.

@@ -140,6 +140,39 @@ int64_t batch_size(RowSizes const& q, RowSizes const& k, SequenceTensors const& 
   return batch;
 }
 
+/// `tensor` as it broadcasts to the scores. Its sizes have been checked.
+Bias broadcast(Tensor const& tensor, DType dtype, Shape const& shape) {
+  int64_t const sizes[] = {shape.batch_size, shape.num_heads, shape.seqlen_q, shape.seqlen_k};
+  int64_t strides[4] = {};
+  bool is_shared = false;
+  for (int64_t dim = 0; dim < 4; ++dim) {
+    int64_t const own = dim + tensor.dim() - 4;
+    strides[dim] = own >= 0 && tensor.size(own) > 1 ? tensor.stride(own) : 0;
+    is_shared |= strides[dim] == 0 && sizes[dim] > 1;
+  }
+  return {tensor.data_ptr(), dtype, is_shared, strides[0], strides[1], strides[2], strides[3]};
+}
+
+/// Of the dtype of q or fp32, of sequences that are whole entries.
+Bias checked_bias(Tensor const& bias, Tensor const& q, Problem const& problem) {
+  check(problem.sequences.are_entries(),
+        "bias: expected None with packed sequences or a cache, whose pairs have no rows of it");
+  check(bias.scalar_type() == ScalarType::Float || bias.scalar_type() == q.scalar_type(),
+        "bias: expected dtype Float or that of q (", torch::headeronly::toString(q.scalar_type()),
+        "), got ", torch::headeronly::toString(bias.scalar_type()));
+  check(on_same_device(bias, q), "bias: expected the device of q");
+  Shape const& shape = problem.shape;
+  int64_t const sizes[] = {shape.batch_size, shape.num_heads, shape.seqlen_q, shape.seqlen_k};
+  bool fits = bias.dim() <= 4;
+  for (int64_t dim = 0; fits && dim < bias.dim(); ++dim) {
+    fits = bias.size(dim) == 1 || bias.size(dim) == sizes[dim + 4 - bias.dim()];
+  }
+  check(fits, "bias: expected sizes that broadcast to (", sizes[0], ", ", sizes[1], ", ", sizes[2],
+        ", ", sizes[3], "), got ", Sizes(bias));
+  DType const dtype = bias.scalar_type() == ScalarType::Float ? DType::kFp32 : checked_dtype(q);
+  return broadcast(bias, dtype, shape);
+}
+
 }  // namespace
 
 DType checked_dtype(Tensor const& q) {
@@ -191,10 +224,15 @@ Problem checked_problem(Tensor const& q, Tensor const& k, Tensor const& v,
 }
 
 ScoreOptions checked_scores(double softcap, std::optional<Tensor> const& alibi_slopes,
-                            Tensor const& q, Shape const& shape) {
+                            std::optional<Tensor> const& bias, Tensor const& q,
+                            Problem const& problem) {
+  Shape const& shape = problem.shape;
   check(std::isfinite(float(softcap)) && softcap >= 0,
         "softcap: expected a number that is 0 (none) or above, got ", softcap);
-  ScoreOptions result{float(softcap), nullptr, 0};
+  ScoreOptions result{.softcap = float(softcap),
+                      .alibi_slopes = nullptr,
+                      .alibi_batch_stride = 0,
+                      .bias = bias ? checked_bias(*bias, q, problem) : Bias{}};
   if (alibi_slopes) {
     Tensor const& slopes = *alibi_slopes;
     check_float("alibi_slopes", slopes, q);
@@ -205,6 +243,18 @@ ScoreOptions checked_scores(double softcap, std::optional<Tensor> const& alibi_s
     result.alibi_slopes = static_cast<float const*>(slopes.data_ptr());
     result.alibi_batch_stride = per_sequence ? shape.num_heads : 0;
   }
+  return result;
+}
+
+Bias checked_dbias(Tensor const& dbias, std::optional<Tensor> const& bias, Problem const& problem,
+                   bool deterministic) {
+  check(bias.has_value(), "dbias: expected None without a bias");
+  check_float("dbias", dbias, *bias);
+  check_sizes("dbias", dbias, Sizes(*bias));
+  Bias const result = broadcast(dbias, DType::kFp32, problem.shape);
+  check(!deterministic || !result.is_shared,
+        "deterministic: expected False with the gradient of a bias that is broadcast, of sizes ",
+        Sizes(*bias), ": its sums have no fixed order");
   return result;
 }
 

@@ -35,7 +35,13 @@ Problem checked_problem(Tensor const& q, Tensor const& k, Tensor const& v,
                         SequenceTensors const& sequences);
 
 ScoreOptions checked_scores(double softcap, std::optional<Tensor> const& alibi_slopes,
-                            Tensor const& q, Shape const& shape);
+                            std::optional<Tensor> const& bias, Tensor const& q,
+                            Problem const& problem);
+
+/// The gradient of `bias`: contiguous, fp32 and of its sizes. Elements that several pairs share are
+/// summed in no fixed order.
+Bias checked_dbias(Tensor const& dbias, std::optional<Tensor> const& bias, Problem const& problem,
+                   bool deterministic);
 Dropout checked_dropout(double dropout_p, std::optional<Tensor> const& rng_state, Tensor const& q);
 float const* checked_sink(std::optional<Tensor> const& sink, Tensor const& q, Shape const& shape);
 

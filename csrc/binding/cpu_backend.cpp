@@ -10,39 +10,44 @@ namespace {
 
 constexpr int kAlignment = 1;  // any tensor of whole elements will do
 
-std::tuple<Tensor, Tensor> forward_cpu(
+/// out, softmax_lse and, if asked, max_logits.
+template <bool kMaxLogits>
+ForwardResult<kMaxLogits> forward_cpu(
     Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
     int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
-    double dropout_p, std::optional<Tensor> const& rng_state, std::optional<Tensor> const& sink,
-    std::optional<Tensor> const& cu_seqlens_q, std::optional<Tensor> const& cu_seqlens_k,
-    std::optional<Tensor> const& seqused_k, std::optional<Tensor> const& leftpad_k,
-    std::optional<Tensor> const& batch_idx_k) {
+    std::optional<Tensor> const& bias, double dropout_p, std::optional<Tensor> const& rng_state,
+    std::optional<Tensor> const& sink, std::optional<Tensor> const& cu_seqlens_q,
+    std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& seqused_k,
+    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k) {
   Options const options{
-      softmax_scale, window_left,  window_right,
-      softcap,       alibi_slopes, dropout_p,
-      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
-  ForwardCall const call(q, k, v, options, kAlignment);
+      softmax_scale, window_left,
+      window_right,  softcap,
+      alibi_slopes,  bias,
+      dropout_p,     rng_state,
+      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
+  ForwardCall const call(q, k, v, options, kMaxLogits, kAlignment);
   if (!call.is_empty()) {
     cpu::forward(call.params, call.dtype, int(torch::stable::get_num_threads()));
   }
-  return {call.out, call.softmax_lse};
+  return forward_result<kMaxLogits>(call);
 }
 
 Tensor backward_cpu(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor const& v,
                     Tensor const& out, Tensor const& softmax_lse, std::optional<Tensor> const& dlse,
                     Tensor const& dq, Tensor const& dk, Tensor const& dv, double softmax_scale,
                     int64_t window_left, int64_t window_right, bool deterministic, double softcap,
-                    std::optional<Tensor> const& alibi_slopes, double dropout_p,
-                    std::optional<Tensor> const& rng_state,
+                    std::optional<Tensor> const& alibi_slopes, std::optional<Tensor> const& bias,
+                    double dropout_p, std::optional<Tensor> const& rng_state,
                     std::optional<Tensor> const& cu_seqlens_q,
-                    std::optional<Tensor> const& cu_seqlens_k) {
+                    std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& dbias) {
   std::optional<Tensor> const none;
-  Options const options{
-      softmax_scale, window_left,  window_right,
-      softcap,       alibi_slopes, dropout_p,
-      rng_state,     none,         {cu_seqlens_q, cu_seqlens_k, none, none, none}};
-  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv}, options, deterministic,
-                    kAlignment);
+  Options const options{softmax_scale, window_left,
+                        window_right,  softcap,
+                        alibi_slopes,  bias,
+                        dropout_p,     rng_state,
+                        none,          {cu_seqlens_q, cu_seqlens_k, none, none, none}};
+  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, dbias}, options,
+                    deterministic, kAlignment);
   if (call.is_empty()) {
     call.zero_gradients();
     return call.softmax_d;
@@ -55,7 +60,8 @@ Tensor backward_cpu(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
-  m.impl("forward", TORCH_BOX(&forward_cpu));
+  m.impl("forward", TORCH_BOX(&forward_cpu<false>));
+  m.impl("forward_with_max_logits", TORCH_BOX(&forward_cpu<true>));
   m.impl("backward", TORCH_BOX(&backward_cpu));
 }
 

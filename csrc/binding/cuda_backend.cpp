@@ -28,24 +28,28 @@ struct Workspace {
   void* ptr = nullptr;
 };
 
-std::tuple<Tensor, Tensor> forward_cuda(
+/// out, softmax_lse and, if asked, max_logits.
+template <bool kMaxLogits>
+ForwardResult<kMaxLogits> forward_cuda(
     Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
     int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
-    double dropout_p, std::optional<Tensor> const& rng_state, std::optional<Tensor> const& sink,
-    std::optional<Tensor> const& cu_seqlens_q, std::optional<Tensor> const& cu_seqlens_k,
-    std::optional<Tensor> const& seqused_k, std::optional<Tensor> const& leftpad_k,
-    std::optional<Tensor> const& batch_idx_k) {
+    std::optional<Tensor> const& bias, double dropout_p, std::optional<Tensor> const& rng_state,
+    std::optional<Tensor> const& sink, std::optional<Tensor> const& cu_seqlens_q,
+    std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& seqused_k,
+    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
   Options const options{
-      softmax_scale, window_left,  window_right,
-      softcap,       alibi_slopes, dropout_p,
-      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
-  ForwardCall call(q, k, v, options, kAlignment);
+      softmax_scale, window_left,
+      window_right,  softcap,
+      alibi_slopes,  bias,
+      dropout_p,     rng_state,
+      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
+  ForwardCall call(q, k, v, options, kMaxLogits, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   ForwardConfig const& config = device.forward_config(call.dtype, call.params);
   if (call.is_empty()) {
-    return {call.out, call.softmax_lse};
+    return forward_result<kMaxLogits>(call);
   }
   Stream const stream = current_stream(device_index);
   auto const run = [&](std::size_t workspace_bytes, auto const& launch) {
@@ -60,7 +64,7 @@ std::tuple<Tensor, Tensor> forward_cuda(
     run(sm80::forward_workspace_bytes(config, call.params),
         [&] { sm80::forward(config, call.params, device.properties(), stream); });
   }
-  return {call.out, call.softmax_lse};
+  return forward_result<kMaxLogits>(call);
 }
 
 Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor const& v,
@@ -68,19 +72,21 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
                      std::optional<Tensor> const& dlse, Tensor const& dq, Tensor const& dk,
                      Tensor const& dv, double softmax_scale, int64_t window_left,
                      int64_t window_right, bool deterministic, double softcap,
-                     std::optional<Tensor> const& alibi_slopes, double dropout_p,
-                     std::optional<Tensor> const& rng_state,
+                     std::optional<Tensor> const& alibi_slopes, std::optional<Tensor> const& bias,
+                     double dropout_p, std::optional<Tensor> const& rng_state,
                      std::optional<Tensor> const& cu_seqlens_q,
-                     std::optional<Tensor> const& cu_seqlens_k) {
+                     std::optional<Tensor> const& cu_seqlens_k,
+                     std::optional<Tensor> const& dbias) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
   std::optional<Tensor> const none;
-  Options const options{
-      softmax_scale, window_left,  window_right,
-      softcap,       alibi_slopes, dropout_p,
-      rng_state,     none,         {cu_seqlens_q, cu_seqlens_k, none, none, none}};
-  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv}, options, deterministic,
-                    kAlignment);
+  Options const options{softmax_scale, window_left,
+                        window_right,  softcap,
+                        alibi_slopes,  bias,
+                        dropout_p,     rng_state,
+                        none,          {cu_seqlens_q, cu_seqlens_k, none, none, none}};
+  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, dbias}, options,
+                    deterministic, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   BackwardConfig const& config = device.backward_config(call.dtype, call.params);
   if (call.is_empty()) {
@@ -122,7 +128,8 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward_cuda));
+  m.impl("forward", TORCH_BOX(&forward_cuda<false>));
+  m.impl("forward_with_max_logits", TORCH_BOX(&forward_cuda<true>));
   m.impl("backward", TORCH_BOX(&backward_cuda));
 }
 

@@ -1,21 +1,28 @@
 // Op schemas. Implementations are registered by cpu_backend.cpp and cuda_backend.cpp.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "binding/build_info.h"
 
 STABLE_TORCH_LIBRARY(flash_attn, m) {
-  m.def(
-      "forward(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, "
-      "int window_right, *, float softcap=0.0, Tensor? alibi_slopes=None, float dropout_p=0.0, "
+  std::string const forward_arguments =
+      "(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int window_right, *, "
+      "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? bias=None, float dropout_p=0.0, "
       "Tensor? rng_state=None, Tensor? sink=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, Tensor? leftpad_k=None, "
-      "Tensor? batch_idx_k=None) -> (Tensor out, Tensor softmax_lse)");
+      "Tensor? batch_idx_k=None)";
+  m.def(("forward" + forward_arguments + " -> (Tensor out, Tensor softmax_lse)").c_str());
+  m.def(("forward_with_max_logits" + forward_arguments +
+         " -> (Tensor out, Tensor softmax_lse, Tensor max_logits)")
+            .c_str());
   m.def(
       "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, float softmax_scale, "
       "int window_left, int window_right, bool deterministic, *, float softcap=0.0, "
-      "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? rng_state=None, "
-      "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None) -> Tensor softmax_d");
+      "Tensor? alibi_slopes=None, Tensor? bias=None, float dropout_p=0.0, "
+      "Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+      "Tensor(d!)? dbias=None) -> Tensor softmax_d");
   m.def("build_info() -> str");
   m.def("limit_kernel_family(int arch) -> int");
   m.def("limit_backward_section(int heads) -> int");

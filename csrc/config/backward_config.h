@@ -37,7 +37,6 @@ inline constexpr BackwardConfig kBackwardRows[] = {
     // arch dtype head_dim extras  m    n  warps  m_s n_dkv m_dq stages blocks
     {80, kDType,  64, false,     64,  64,  4,     2,   2,   2,    2,    3},
     {80, kDType,  64, false,    128,  64,  4,     2,   2,   2,    1,    2},
-    {80, kDType,  64, true,      64,  64,  4,     2,   2,   2,    2,    3},
     {80, kDType,  64, true,     128,  64,  4,     2,   2,   2,    1,    2},
     {80, kDType,  96, false,     64,  64,  4,     2,   2,   2,    2,    2},
     {80, kDType,  96, true,      64,  64,  4,     2,   2,   2,    2,    2},

@@ -113,6 +113,9 @@ std::vector<Sm90BackwardConfig> sm90_backward_rows() {
 
 Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& params,
                                              int smem_bytes) {
+  if (params.scores.bias.ptr != nullptr) {
+    return nullptr;  // its kernels have no registers for the addresses
+  }
   Shape const& shape = params.shape;
   // Lengths that only the device knows: the mask may hide keys, and tiles suit their mean.
   bool const is_bounded = params.sequences.are_entries()
@@ -132,6 +135,9 @@ Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& p
 
 Sm90BackwardConfig const* select_sm90_backward(DType dtype, BackwardParams const& params,
                                                int smem_bytes) {
+  if (params.scores.bias.ptr != nullptr) {
+    return nullptr;
+  }
   Sequences const& sequences = params.sequences;
   if ((sequences.cu_seqlens_q == nullptr) != (sequences.cu_seqlens_k == nullptr)) {
     return nullptr;  // key heads are numbered by entries, of which queries and keys need as many

@@ -37,7 +37,7 @@ void backward(BackwardParams const& params, DType dtype, int num_threads) {
   int const threads = useful_threads(num_threads, std::max(num_rows, num_keys), multiply_adds);
 
   ScratchArena counter(nullptr);
-  BackwardScratch(counter, shape, params.dropout);
+  BackwardScratch(counter, params);
   FloatBuffer const scratch = allocate_floats(counter.used() * threads);
   DqSum dq_sum(shape, sequences);
   FloatBuffer const dq_buffer =

@@ -9,6 +9,7 @@
 
 #include "arith/block_range.h"
 #include "arith/tile_order.h"
+#include "cpu/bias_gradient.h"
 #include "cpu/convert.h"
 #include "cpu/dq_turns.h"
 #include "cpu/gemm_tile.h"
@@ -65,10 +66,17 @@ void score_gradients(BackwardScratch const& scratch, QueryRows const& query, Pai
   using Int = typename Isa::Int;
   Int const first_keys = Isa::count_from(key_begin);
   Float const scale = Isa::broadcast(options.softmax_scale);
+  bool const has_dbias = !kPlain && options.dbias != nullptr;
   for (int row = strip.row_begin; row < strip.row_begin + strip.rows; ++row) {
     float* const p_row = scratch.p.at(row, 0).data;
     float* const ds_row = scratch.ds.at(row, 0).data;
     float const* const kept_row = scratch.kept.at(row, 0).data;
+    float* const dbias_row = has_dbias ? scratch.dbias.at(row, 0).data : nullptr;
+    float bias[kTileN] = {};
+    if (!kPlain && options.bias.ptr != nullptr) {
+      load_bias<Isa>(options, query.rows.begin + row, key_begin + strip.key_begin, strip.keys,
+                     bias + strip.key_begin);
+    }
     Float const lse = Isa::broadcast(query.lse[row]);
     Float const softmax_d = Isa::broadcast(query.softmax_d[row]);
     int const diagonal = query.rows.begin + row + options.diagonal;
@@ -76,26 +84,31 @@ void score_gradients(BackwardScratch const& scratch, QueryRows const& query, Pai
       Int const j = first_keys + col;
       Float const products = Isa::load(p_row + col);
       Float dp = Isa::load(ds_row + col);
-      Float p, dropped_p, ds;
+      Float p, dropped_p, ds, dbias = {};
       if constexpr (kPlain) {
         p = exp2<Isa>(Isa::fma(products, scale, -lse) * kLog2E);
         dropped_p = p;
         ds = p * (dp - softmax_d);
       } else {
         Scores<Isa> const scores = scores_of<Isa>(options, products, j - diagonal);
-        p = exp2<Isa>((scores.value - lse) * kLog2E);
+        p = exp2<Isa>((scores.value + Isa::load(bias + col) - lse) * kLog2E);
         dropped_p = p;
         if (options.has_dropout()) {
           Float const kept = Isa::load(kept_row + col);
           dropped_p *= kept;
           dp *= kept;
         }
-        ds = p * (dp - softmax_d) * scores.derivative;
+        dbias = p * (dp - softmax_d);
+        ds = dbias * scores.derivative;
       }
       if (visible != nullptr) {
         Int const attends = (j >= visible->begin[row]) & (j < visible->end[row]);
         dropped_p = attends ? dropped_p : Float{};
         ds = attends ? ds : Float{};
+        dbias = attends ? dbias : Float{};
+      }
+      if (has_dbias) {
+        Isa::store(dbias_row + col, dbias);
       }
       Isa::store(p_row + col, dropped_p);
       Isa::store(ds_row + col, ds);
@@ -118,6 +131,12 @@ void apply_options(BackwardScratch const& scratch, QueryRows const& query, PairS
         scratch.kept.at(strip.row_begin, strip.key_begin).data, scratch.kept.stride, 1);
   }
   score_gradients<Isa, false>(scratch, query, strip, key_begin, options, visible);
+  if (options.dbias != nullptr) {
+    add_bias_gradient<Isa>(
+        scratch.dbias.at(strip.row_begin, strip.key_begin),
+        {query.rows.begin + strip.row_begin, strip.rows, key_begin + strip.key_begin, strip.keys},
+        options);
+  }
 }
 
 /// Q and dO of the query tile are in scratch. Leaves dS of the strip there and adds to dk and dv.
@@ -192,7 +211,7 @@ void backward_tile(BackwardParams const& params, Tile tile, float* scratch_base,
                    DqSum const& dq_sum, DqTurns& turns) {
   Shape const& shape = params.shape;
   ScratchArena arena(scratch_base);
-  BackwardScratch const scratch(arena, shape, params.dropout);
+  BackwardScratch const scratch(arena, params);
 
   int const batch = tile.batch_head / shape.num_heads_k;
   int const head_k = tile.batch_head % shape.num_heads_k;

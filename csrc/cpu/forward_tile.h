@@ -2,6 +2,7 @@
 //   S^T = K Q^T;  m, l: running row maximum and sum;  out = (diag(rescale) out + P V) / l
 #pragma once
 
+#include <atomic>
 #include <cmath>
 
 #include "arith/block_range.h"
@@ -39,6 +40,16 @@ void score_transposed(ForwardStrip const& strip, int key_begin, int keys) {
     for (int key = 0; key < keys; ++key) {
       float* const score = scores_t.at(key, row).data;
       Isa::store(score, scores_of<Isa>(strip.options, Isa::load(score), key - diagonal).value);
+    }
+  }
+  if (strip.options.bias.ptr == nullptr) {
+    return;
+  }
+  for (int row = 0; row < strip.rows; ++row) {
+    float bias[kTileN];
+    load_bias<Isa>(strip.options, first_row + row, key_begin, keys, bias);
+    for (int key = 0; key < keys; ++key) {
+      *scores_t.at(key, row).data += bias[key];
     }
   }
 }
@@ -144,6 +155,15 @@ void attend(ForwardStrip const& strip, RowRange const& key_rows, Shape const& sh
       scratch.out.at(strip.row_begin, 0), scratch.rescale + strip.row_begin);
 }
 
+/// Makes `value` the maximum of itself and `other`, which other threads may do too.
+template <class Isa>
+void raise(float& value, float other) {
+  std::atomic_ref const shared(value);
+  float seen = shared.load();
+  while (seen < other && !shared.compare_exchange_weak(seen, other)) {
+  }
+}
+
 /// What is left to do to a row: out times factor, and softmax_lse.
 struct RowResult {
   float factor;
@@ -173,6 +193,7 @@ void finish_rows(ForwardParams const& params, RowRange const& rows, ForwardScrat
                      (int64_t(rows.entry) * shape.num_heads + rows.head) * shape.seqlen_q +
                      rows.first + rows.begin;
   float const* const sink = params.sink == nullptr ? nullptr : params.sink + rows.head;
+  float largest = -kInfinity;
   for (int row = 0; row < rows.count; ++row) {
     float* const out_row = scratch.out.data + row * scratch.out.stride;
     if (scratch.row_sum[row] == 0.0f) {
@@ -180,7 +201,11 @@ void finish_rows(ForwardParams const& params, RowRange const& rows, ForwardScrat
     }
     RowResult const result = finish_row<Isa>(scratch.row_max[row], scratch.row_sum[row], sink);
     lse[row] = result.lse;
+    largest = std::fmax(largest, scratch.row_max[row]);
     store_row<Isa>(out_row, result.factor, shape.head_dim_v, row_pointer<T>(params.out, rows, row));
+  }
+  if (params.max_logits != nullptr) {
+    raise<Isa>(params.max_logits[rows.head], float(double(largest) * kLn2));
   }
 }
 

@@ -14,6 +14,9 @@ struct HeadOptions {
   float slope;   // 0 without ALiBi
   int diagonal;  // query i lies on key i + diagonal
   bool changes_scores;
+  int batch, head;
+  Bias const& bias;
+  Bias const* dbias;  // null: not asked
   Dropout const& dropout;
   int batch_head;  // that dropout counts
 
@@ -31,6 +34,10 @@ struct HeadOptions {
 template <class Isa, class Params>
 HeadOptions head_options(Params const& params, Sequence const& sequence, int batch, int head) {
   ScoreOptions const& scores = params.scores;
+  Bias const* dbias = nullptr;
+  if constexpr (requires { params.dbias; }) {
+    dbias = params.dbias.ptr == nullptr ? nullptr : &params.dbias;
+  }
   return {.softmax_scale = params.softmax_scale,
           .softcap = scores.softcap,
           .slope = scores.alibi_slopes == nullptr
@@ -38,11 +45,51 @@ HeadOptions head_options(Params const& params, Sequence const& sequence, int bat
                        : scores.alibi_slopes[int64_t(batch) * scores.alibi_batch_stride + head],
           .diagonal = sequence.seqlen_k - sequence.seqlen_q,
           .changes_scores = scores.is_on(),
+          .batch = batch,
+          .head = head,
+          .bias = scores.bias,
+          .dbias = dbias,
           .dropout = params.dropout,
           .batch_head = batch * params.shape.num_heads + head};
 }
 
-/// Scores, and their derivatives by the scaled products.
+/// fp32 of what broadcasts to a row of scores, `stride` elements apart.
+template <class Isa, class T>
+void load_spread(T const* from, int64_t stride, int count, float* to) {
+  int idx = 0;
+  if (stride == 1) {
+    for (; idx + Isa::kWidth <= count; idx += Isa::kWidth) {
+      Isa::store(to + idx, Isa::load(from + idx));
+    }
+  }
+  for (; idx < count; ++idx) {
+    T lanes[Isa::kWidth] = {from[idx * stride]};
+    float values[Isa::kWidth];
+    Isa::store(values, Isa::load(lanes));
+    to[idx] = values[0];
+  }
+}
+
+/// The bias of a query row and `count` keys from `key` on.
+template <class Isa>
+void load_bias(HeadOptions const& options, int row, int key, int count, float* to) {
+  Bias const& bias = options.bias;
+  int64_t const first =
+      bias.plane(options.batch, options.head) + row * bias.row_stride + key * bias.col_stride;
+  auto const load = [&]<class T>(T const* elements) {
+    load_spread<Isa>(elements + first, bias.col_stride, count, to);
+  };
+  switch (bias.dtype) {
+    case DType::kFp32:
+      return load(static_cast<float const*>(bias.ptr));
+    case DType::kBf16:
+      return load(static_cast<Bf16 const*>(bias.ptr));
+    case DType::kFp16:
+      return load(static_cast<Fp16 const*>(bias.ptr));
+  }
+}
+
+/// Scores, and their derivatives by the scaled products. The bias is left to the caller.
 template <class Isa>
 struct Scores {
   typename Isa::Float value;

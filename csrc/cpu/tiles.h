@@ -124,7 +124,11 @@ struct ForwardScratch {
 /// Scratch of a backward task. K and V are transposed once for all the query tiles of the task, so
 /// that Q and dO enter all five products as they lie in memory.
 struct BackwardScratch {
-  BackwardScratch(ScratchArena& arena, Shape const& shape, Dropout const& dropout)
+  BackwardScratch(ScratchArena& arena, BackwardParams const& params)
+      : BackwardScratch(arena, params.shape, params.dropout.rng_state != nullptr,
+                        params.dbias.ptr != nullptr) {}
+
+  BackwardScratch(ScratchArena& arena, Shape const& shape, bool has_dropout, bool has_dbias)
       : k(arena.matrix(kTileN, imax(shape.head_dim, shape.head_dim_v))),
         k_t(arena.matrix(shape.head_dim, kTileN)),
         v_t(arena.matrix(shape.head_dim_v, kTileN)),
@@ -132,15 +136,17 @@ struct BackwardScratch {
         dout(arena.matrix(kTileM, shape.head_dim_v)),
         p(arena.matrix(kTileM, kTileN)),
         ds(arena.matrix(kTileM, kTileN)),
-        kept(arena.matrix(dropout.rng_state == nullptr ? 0 : kTileM, kTileN)),
+        kept(arena.matrix(has_dropout ? kTileM : 0, kTileN)),
+        dbias(arena.matrix(has_dbias ? kTileM : 0, kTileN)),
         dk(arena.matrix(kTileN, shape.head_dim)),
         dv(arena.matrix(kTileN, shape.head_dim_v)) {}
 
   Matrix k;  // holds V until that is transposed
   Matrix k_t, v_t, q, dout;
-  Matrix p;     // scores, then P * Z
-  Matrix ds;    // dP, then dS
-  Matrix kept;  // Z; only with dropout
+  Matrix p;      // scores, then P * Z
+  Matrix ds;     // dP, then dS
+  Matrix kept;   // Z; only with dropout
+  Matrix dbias;  // of every pair; only if asked
   Matrix dk, dv;
 };
 

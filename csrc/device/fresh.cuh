@@ -13,6 +13,17 @@ __device__ __forceinline__ int fresh(int value) {
   return value;
 }
 
+__device__ __forceinline__ float fresh_float(float value) {
+  asm volatile("" : "+f"(value));
+  return value;
+}
+
+template <class T>
+__device__ __forceinline__ T* fresh(T* pointer) {
+  asm volatile("" : "+l"(pointer));
+  return pointer;
+}
+
 /// threadIdx.x, read anew. Its range makes / and % by powers of two single instructions.
 __device__ __forceinline__ int fresh_thread_idx() {
   int idx;

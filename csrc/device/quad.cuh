@@ -20,9 +20,4 @@ __device__ __forceinline__ float finite_or_zero(float x) {
   return x == -kInfinity ? 0.f : x;
 }
 
-/// Running maxima are taken over when they have grown by more than this many powers of two. Below
-/// that the old one does: the probabilities are then up to 2^kMaxSlack, which no 16-bit type rounds
-/// differently, and `out / row_sum` is the same.
-constexpr float kMaxSlack = 8.f;
-
 }  // namespace flash

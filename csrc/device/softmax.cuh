@@ -62,11 +62,11 @@ struct OnlineSoftmax {
   }
 
   /// Takes over the maxima of a score tile, and scales sum and output to them, when a row's maximum
-  /// has grown by more than kMaxSlack powers of two. A row that has seen no visible key keeps
+  /// has grown by more than max_slack powers of two. A row that has seen no visible key keeps
   /// maximum -inf, sum 0 and output 0.
   template <int kN, int kD>
   __device__ __forceinline__ void rescale(float const (&scores)[kM][kN][4], float (&out)[kM][kD][4],
-                                          float softmax_scale_log2) {
+                                          float softmax_scale_log2, float max_slack) {
     float new_max[kM][2];
     bool grown = false;
 #pragma unroll
@@ -79,7 +79,7 @@ struct OnlineSoftmax {
           tile_max = fmaxf(tile_max, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
         }
         new_max[m][half] = fmaxf(row_max[m][half], quad_max(tile_max));
-        grown |= (new_max[m][half] - row_max[m][half]) * softmax_scale_log2 > kMaxSlack;
+        grown |= (new_max[m][half] - row_max[m][half]) * softmax_scale_log2 > max_slack;
       }
     }
     if (!__any_sync(0xffffffffu, grown)) {

@@ -50,6 +50,13 @@ py::class_<Config> bind_sm90_row(py::module_& module, char const* name) {
       .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
 }
 
+/// Scores that need a kernel with extras, and that have a bias.
+void set_options(ScoreOptions& scores, bool extras, bool bias) {
+  static float element = 0.f;
+  scores.softcap = extras ? 1.f : 0.f;
+  scores.bias.ptr = bias ? &element : nullptr;
+}
+
 void bind_sm90_forward(py::module_& module) {
   using Config = Sm90ForwardConfig;
   py::enum_<MaskClass>(module, "MaskClass")
@@ -69,7 +76,7 @@ void bind_sm90_forward(py::module_& module) {
   module.def(
       "select_sm90_forward",
       [](DType dtype, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, Mask mask,
-         int smem_bytes, bool extras) {
+         int smem_bytes, bool extras, bool bias) {
         Shape const shape{.batch_size = 1,
                           .seqlen_q = seqlen_q,
                           .seqlen_k = seqlen_k,
@@ -80,12 +87,12 @@ void bind_sm90_forward(py::module_& module) {
         ForwardParams params{};
         params.shape = shape;
         params.mask = mask;
-        params.scores.softcap = extras ? 1.f : 0.f;
+        set_options(params.scores, extras, bias);
         return select_sm90_forward(dtype, params, smem_bytes);
       },
       py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("seqlen_q"),
       py::arg("seqlen_k"), py::arg("head_dim"), py::arg("head_dim_v"), py::arg("mask"),
-      py::arg("smem_bytes"), py::arg("extras") = false);
+      py::arg("smem_bytes"), py::arg("extras") = false, py::arg("bias") = false);
 }
 
 void bind_sm90_backward(py::module_& module) {
@@ -96,15 +103,16 @@ void bind_sm90_backward(py::module_& module) {
   module.def("sm90_backward_rows", sm90_backward_rows);
   module.def(
       "select_sm90_backward",
-      [](DType dtype, int head_dim, int head_dim_v, int smem_bytes, bool extras) {
+      [](DType dtype, int head_dim, int head_dim_v, int smem_bytes, bool extras, bool bias) {
         BackwardParams params{};
         params.shape.head_dim = head_dim;
         params.shape.head_dim_v = head_dim_v;
-        params.scores.softcap = extras ? 1.f : 0.f;
+        set_options(params.scores, extras, bias);
         return select_sm90_backward(dtype, params, smem_bytes);
       },
       py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("head_dim"),
-      py::arg("head_dim_v"), py::arg("smem_bytes"), py::arg("extras") = false);
+      py::arg("head_dim_v"), py::arg("smem_bytes"), py::arg("extras") = false,
+      py::arg("bias") = false);
 }
 
 }  // namespace

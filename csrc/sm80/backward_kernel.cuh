@@ -235,29 +235,44 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   }
   add_product(acc_dp, smem + Traits::kSmemDO + stage_bytes, smem + Traits::kSmemV);
 
-  Sequence const& sequence = tile.sequence;
+  ScoreHead const of{tile.batch, visit.head, tile.sequence};
   PiecePlacement const place{first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n,
                              kColStep};
   float const slope = kConfig.extras ? alibi_slope(params.scores, tile.batch, visit.head) : 0.f;
   if constexpr (kConfig.extras) {
-    apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
+    apply_options(acc_s, place, params.scores, params.softmax_scale, slope, of.sequence);
+    add_bias<Traits::kDType>(acc_s, place, params, of);
   }
   if (visit.m_block < tile.full.min || visit.m_block >= tile.full.max) {
-    apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
+    apply_mask(acc_s, place, params.mask, of.sequence.seqlen_q, of.sequence.seqlen_k);
   }
   float scale_log2 = params.softmax_scale * kLog2E;
   FragmentWriter<typename Traits::TileS> const writer(smem, 16 * warp_m, 16 * warp_n, thread_idx);
   if constexpr (kConfig.extras) {
     scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
-    if (has_dropout) {
-      KeptElements<Traits::kMS, Traits::kNS> const kept(
-          params.dropout, dropout_key, tile.batch * params.shape.num_heads + visit.head, place);
+    auto const kept_elements = [&] {
+      int const batch_head = fresh(tile.batch * params.shape.num_heads + visit.head);
+      return KeptElements<Traits::kMS, Traits::kNS>(params.dropout, dropout_key, batch_head, place);
+    };
+    if (params.scores.bias.ptr != nullptr) {
+      if (has_dropout) {
+        drop_dp(acc_dp, kept_elements(), params.dropout.scale, minus_d);
+      }
+      store_bias_gradient(acc_dp, acc_s, lse_log2, scale_log2, place, params.dbias, of);
+      multiply_by_biased_derivative<Traits::kDType>(acc_dp, acc_s, place, params, of);
+      if (has_dropout) {  // what it keeps is computed again: held until now, it spilled
+        store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, kept_elements());
+        return;
+      }
+    } else if (has_dropout) {
+      auto const kept = kept_elements();
       drop_dp(acc_dp, kept, params.dropout.scale, minus_d);
-      multiply_by_derivative(acc_dp, acc_s, place, params, slope, sequence);
+      multiply_by_derivative(acc_dp, acc_s, place, params, slope, of.sequence);
       store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, kept);
       return;
+    } else {
+      multiply_by_derivative(acc_dp, acc_s, place, params, slope, of.sequence);
     }
-    multiply_by_derivative(acc_dp, acc_s, place, params, slope, sequence);
   }
   store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, nullptr);
 }

@@ -10,8 +10,10 @@
 
 #include "arith/block_range.h"
 #include "config/forward_config.h"
+#include "device/bias.cuh"
 #include "device/copy.cuh"
 #include "device/dropout.cuh"
+#include "device/max_logit.cuh"
 #include "device/mma.cuh"
 #include "device/score_options.cuh"
 #include "device/tile_source.h"
@@ -103,6 +105,7 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
                                                  : params.softmax_scale;
   int const thread_idx = fresh_thread_idx();
   int const warp_idx = thread_idx / 32, lane_idx = thread_idx % 32;
+  float largest = -kInfinity;
   FragmentWriter<TileQ> const writer(warp.smem, 16 * warp_idx, 0, thread_idx);
 #pragma unroll
   for (int m = 0; m < Traits::kPiecesM; ++m) {
@@ -110,8 +113,9 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int const row = piece_row + half * 8 + lane_idx / 4;
-      RowEnd const end = row_end(warp.softmax.row_max[m][half] * max_scale,
-                                 quad_sum(warp.softmax.row_sum[m][half]), sink);
+      float const row_max = warp.softmax.row_max[m][half] * max_scale;
+      RowEnd const end = row_end(row_max, quad_sum(warp.softmax.row_sum[m][half]), sink);
+      largest = first_row + row < sequence.seqlen_q ? fmaxf(largest, row_max) : largest;
       float const scale = Traits::kConfig.extras ? end.scale * params.dropout.scale : end.scale;
       if (lane_idx % 4 == 0 && first_row + row < sequence.seqlen_q) {
         softmax_lse[first_row + row] = end.lse;
@@ -123,6 +127,9 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
         store_shared(writer.at(m * kRowStep + half * 8, 8 * d), pair);
       }
     }
+  }
+  if (params.max_logits != nullptr) {
+    raise_by_warp(params.max_logits + tile.head, largest);
   }
   __syncwarp();
 #pragma unroll
@@ -195,12 +202,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     float scale_log2 = params.softmax_scale * kLog2E;
     if constexpr (kConfig.extras) {
       apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
+      add_bias<kConfig.dtype>(acc_s, place, params, {tile.batch, tile.head, sequence});
       scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
     }
     if (n_block < full.min || n_block >= full.max) {
       apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
     }
-    warp.softmax.rescale(acc_s, warp.acc_o, scale_log2);
+    warp.softmax.rescale(acc_s, warp.acc_o, scale_log2, params.max_slack);
     Piece p[Traits::kPiecesM][Traits::kPiecesN];
     warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
     if (kConfig.extras && params.dropout.rng_state != nullptr) {

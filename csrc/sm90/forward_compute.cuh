@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arith/block_range.h"
+#include "device/max_logit.cuh"
 #include "device/wgmma.cuh"
 #include "sm90/forward_core.cuh"
 #include "sm90/forward_extras.cuh"
@@ -169,7 +170,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
 #pragma unroll
     for (int half = kFirst; half < kLast; ++half) {
       tile_max[half] = RowSoftmax::lane_max(scores, half);
-      has_grown |= softmax.has_grown(tile_max[half], half, scale_log2);
+      has_grown |= softmax.has_grown(tile_max[half], half, scale_log2, params.problem.max_slack);
     }
     has_grown = __any_sync(0xffffffffu, has_grown);
     if (has_grown) {
@@ -339,6 +340,17 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     }
   }
 
+  /// Brings the maxima of the warp's first `rows` rows to the head's.
+  __device__ __forceinline__ void raise_max_logit(WorkTile const& tile, int rows) const {
+    float largest = -kInfinity;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bool const is_row = 8 * half + lane_idx() / 4 < rows;
+      largest = fmaxf(largest, is_row ? softmax.row_max[half] * score_scale() : -kInfinity);
+    }
+    raise_by_warp(params.problem.max_logits + tile.head, largest);
+  }
+
   /// Normalises, writes softmax_lse, and stores out without waiting for the store.
   __device__ __forceinline__ void store(WorkTile const& tile) {
     Shape const& shape = params.problem.shape;
@@ -350,6 +362,9 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
         sequence.first_q;
     float const* const sink =
         params.problem.sink == nullptr ? nullptr : params.problem.sink + tile.head;
+    if (params.problem.max_logits != nullptr) {
+      raise_max_logit(tile, sequence.seqlen_q - row);
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       RowEnd const end =

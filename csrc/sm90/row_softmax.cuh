@@ -66,8 +66,9 @@ struct RowSoftmax {
 
   /// True if a row whose lane has this maximum in the next key tile needs a new maximum. No
   /// exchange between lanes: some lane of the quad sees it.
-  __device__ __forceinline__ bool has_grown(float tile_max, int half, float scale_log2) const {
-    return (tile_max - row_max[half]) * scale_log2 > kMaxSlack;
+  __device__ __forceinline__ bool has_grown(float tile_max, int half, float scale_log2,
+                                            float max_slack) const {
+    return (tile_max - row_max[half]) * scale_log2 > max_slack;
   }
 
   /// Takes the maximum over. Returns the factor of what was accumulated before.
