@@ -76,6 +76,7 @@ struct ForwardParams {
   Sequences sequences;
   Mask mask;
   float softmax_scale;  // > 0
+  bool allow_tf32;      // products of fp32 on tensor cores may be off by TF32's rounding
   ScoreOptions scores;
   Dropout dropout;
   float const* sink;  // [num_heads]; null: none
@@ -118,6 +119,7 @@ struct BackwardParams {
   float softmax_scale;  // > 0
   ScoreOptions scores;
   Dropout dropout;
+  bool allow_tf32;     // as in ForwardParams
   bool deterministic;  // dq bit-equal from run to run (dk and dv always are)
   void* workspace;     // as in ForwardParams
 

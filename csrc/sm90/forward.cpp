@@ -74,7 +74,7 @@ LaunchedTiles forward_tiles(Sm90ForwardConfig const& config, ForwardParams const
                       .other_tile_rows = config.tile_n,
                       .descending = order.descending};
   order.descending = false;  // the list is in order
-  return {{order, list_tiles(packed_problem(params), {tiling, params.workspace}, stream)},
+  return {{order, list_tiles(packed_problem(params, config.dtype), {tiling, params.workspace}, stream)},
           max_listed_tiles(config, params) * params.shape.num_heads};
 }
 
