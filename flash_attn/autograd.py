@@ -11,13 +11,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from flash_attn import ops
-from flash_attn.extras import Extras
+from flash_attn.extras import Extras, with_precision
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIM_STEP = 8  # CUDA kernels read rows of whole 16-byte pieces
 
-# (softcap, dropout_p, names of the option tensors, which follow q, k and v): None without options.
-Options = tuple[float, float, tuple[str, ...]]
+# (softcap, dropout_p, allow_tf32, names of the option tensors, which follow q, k and v): None
+# without options.
+Options = tuple[float, float, bool, tuple[str, ...]]
 
 
 def unpack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,10 +37,11 @@ def _split(
     tensors: tuple[Tensor, ...], options: Options
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """The inputs of an Attention, and its options as keyword arguments of the forward op."""
-    softcap, dropout_p, names = options
+    softcap, dropout_p, allow_tf32, names = options
     count = len(tensors) - len(names)
     extras = dict(zip(names, tensors[count:], strict=True))
-    return tensors[:count], {"softcap": softcap, "dropout_p": dropout_p, **extras}
+    numbers = {"softcap": softcap, "dropout_p": dropout_p, "allow_tf32": allow_tf32}
+    return tensors[:count], {**numbers, **extras}
 
 
 class Attention(torch.autograd.Function):
@@ -109,7 +111,7 @@ def _backward_with_options(
     grads = tuple([torch.empty_like(tensor) for tensor in inputs])
     given = (dout, *unpack(inputs), out, softmax_lse, dlse, *unpack(grads))
     softmax_d = ops.backward(*given, *arguments, **extras)
-    names = options[2]
+    names = options[3]
     option_grads: list[Tensor | None] = [None] * len(names)
     if sink is not None and ctx.needs_input_grad[5 + len(inputs) + names.index("sink")]:
         cu_seqlens_q = extras.get("cu_seqlens_q")
@@ -245,7 +247,10 @@ def attention(
     if softmax_scale <= 0.0:
         tensors, softmax_scale = fold_scale(tensors, softmax_scale)
     head_dim_v = tensors[-1].size(-1)
-    padded = padded_on_cuda(tensors) if tensors[0].is_cuda else None
+    padded = None
+    if tensors[0].is_cuda:
+        extras = with_precision(extras, tensors[0])
+        padded = padded_on_cuda(tensors)
     if padded is not None:
         tensors = padded
     arguments = (softmax_scale, window_left, window_right)
@@ -273,9 +278,12 @@ def forward_only(
 ) -> tuple[Tensor, Tensor]:
     """out and softmax_lse of q, k and v, without gradients, by every option of the forward op."""
     folded, softmax_scale = fold_scale(tensors, softmax_scale)
-    padded = padded_on_cuda(folded) if folded[0].is_cuda else None
+    padded, options = None, extras
+    if folded[0].is_cuda:
+        options = with_precision(extras, folded[0]) or {}
+        padded = padded_on_cuda(folded)
     q, k, v = folded if padded is None else padded
-    out, softmax_lse = ops.forward(q, k, v, softmax_scale, window_left, window_right, **extras)
+    out, softmax_lse = ops.forward(q, k, v, softmax_scale, window_left, window_right, **options)
     return out if padded is None else out[..., : tensors[2].size(-1)], softmax_lse
 
 
@@ -285,6 +293,10 @@ def _sink_requires_grad(extras: Extras) -> bool:
 
 def _flat(tensors: tuple[Tensor, ...], extras: Extras) -> tuple[Any, ...]:
     """Options and tensors of an Attention."""
-    numbers = (extras.get("softcap", 0.0), extras.get("dropout_p", 0.0))
+    numbers = (
+        extras.get("softcap", 0.0),
+        extras.get("dropout_p", 0.0),
+        extras.get("allow_tf32", False),
+    )
     names = tuple([name for name, value in extras.items() if isinstance(value, Tensor)])
     return ((*numbers, names), *tensors, *[extras[name] for name in names])

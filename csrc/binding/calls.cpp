@@ -164,6 +164,7 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
              .sequences = problem.sequences,
              .mask = mask_of(options),
              .softmax_scale = checked_scale(options.softmax_scale),
+             .allow_tf32 = options.allow_tf32,
              .scores = checked_scores(options.softcap, options.alibi_slopes, q, problem.shape),
              .dropout = checked_dropout(options.dropout_p, options.rng_state, q),
              .sink = checked_sink(options.sink, q, problem.shape),
@@ -196,6 +197,7 @@ BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool
           .softmax_scale = checked_scale(options.softmax_scale),
           .scores = checked_scores(options.softcap, options.alibi_slopes, given.q, problem.shape),
           .dropout = checked_dropout(options.dropout_p, options.rng_state, given.q),
+          .allow_tf32 = options.allow_tf32,
           .deterministic = deterministic,
           .workspace = nullptr} {}
 

@@ -51,8 +51,8 @@ template <>
 inline constexpr ForwardConfig kForwardRows<DType::kFp32>[] = {
     // clang-format off
     // arch dtype     head_dim extras  m    n  warps  late  blocks
-    {80, DType::kFp32,  64, false,     64,  64,  4,   false,  3},
-    {80, DType::kFp32,  64, true,      64,  64,  4,   false,  3},
+    {80, DType::kFp32,  64, false,     64,  64,  4,   false,  2},
+    {80, DType::kFp32,  64, true,      64,  64,  4,   false,  2},
     {80, DType::kFp32,  96, false,     64,  64,  4,   false,  2},
     {80, DType::kFp32,  96, true,      64,  64,  4,   false,  2},
     {80, DType::kFp32, 128, false,     64,  32,  4,   false,  2},
@@ -60,10 +60,9 @@ inline constexpr ForwardConfig kForwardRows<DType::kFp32>[] = {
     {80, DType::kFp32, 128, true,      64,  32,  4,   false,  2},
     {80, DType::kFp32, 128, true,     128,  32,  8,   false,  1},
     {80, DType::kFp32, 192, false,     64,  32,  4,   false,  2},
-    {80, DType::kFp32, 192, true,      64,  32,  4,   false,  2},
-    {80, DType::kFp32, 256, false,    128,  32,  8,   false,  1},
+    {80, DType::kFp32, 192, true,      64,  16,  4,   false,  2},
+    {80, DType::kFp32, 256, false,    128,  16,  8,   false,  1},
     {80, DType::kFp32, 256, false,     64,  16,  4,   false,  1},
-    {80, DType::kFp32, 256, true,     128,  32,  8,   false,  1},
     {80, DType::kFp32, 256, true,      64,  16,  4,   false,  1},
     // clang-format on
 };

@@ -154,9 +154,7 @@ __device__ __forceinline__ void add_product(float (&acc)[kM][kN][4], LoadA const
       next_b[n] = load_b(kFirst + n, k);
     }
   };
-  load(0);
-#pragma unroll
-  for (int k = 0; k < kPiecesK; ++k) {
+  auto const step = [&](int k) {
     Tf32Piece a[kM], b[kCount];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -174,6 +172,19 @@ __device__ __forceinline__ void add_product(float (&acc)[kM][kN][4], LoadA const
       mma_tf32(rest, a, &Tf32Piece::big, b, &Tf32Piece::small);
     }
     mma_tf32(sum, a, &Tf32Piece::big, b, &Tf32Piece::big);
+  };
+  // ptxas moves loads to the front, across groups and steps, until there is no register left: 8 to
+  // 32 bytes spilled without the barrier, or with all steps in a row.
+  constexpr int kUnrolled = kPiecesK <= 8 ? kPiecesK : 4;
+  static_assert(kPiecesK % kUnrolled == 0);
+  load(0);
+  __syncwarp();
+#pragma unroll 1
+  for (int first = 0; first < kPiecesK; first += kUnrolled) {
+#pragma unroll
+    for (int k = 0; k < kUnrolled; ++k) {
+      step(first + k);
+    }
   }
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -189,18 +200,20 @@ __device__ __forceinline__ void add_product(float (&acc)[kM][kN][4], LoadA const
 
 /// warp_gemm() of fp32 operands. Goes through B in groups of pieces, for each of which A is loaded
 /// again: the sums of a group are all that is held beside the result.
-template <bool kSplit, int kPiecesK, int kFirst = 0, int kM, int kN, class LoadA, class LoadB>
+template <bool kSplit, int kPiecesK, int kGroup, int kFirst = 0, int kM, int kN, class LoadA,
+          class LoadB>
 __device__ __forceinline__ void warp_gemm_tf32(float (&acc)[kM][kN][4], LoadA const& load_a,
                                                LoadB const& load_b) {
-  constexpr int kCount = imin(kM == 1 ? 2 : 1, kN / 2 - kFirst);
+  constexpr int kCount = imin(kGroup, kN / 2 - kFirst);
   add_product<kSplit, kPiecesK, kFirst, kCount>(acc, load_a, load_b);
   if constexpr (kFirst + kCount < kN / 2) {
-    warp_gemm_tf32<kSplit, kPiecesK, kFirst + kCount>(acc, load_a, load_b);
+    warp_gemm_tf32<kSplit, kPiecesK, kGroup, kFirst + kCount>(acc, load_a, load_b);
   }
 }
 
-/// acc += a b over kK columns of A. `allow_tf32` is ForwardParams::allow_tf32, of fp32 alone.
-template <DType kDType, int kK, int kM, int kN, class LoadA, class LoadB>
+/// acc += a b over kK columns of A. `allow_tf32` (ForwardParams) and kGroup, the pieces of B that an
+/// A from shared memory is loaded once for, are of fp32 alone.
+template <DType kDType, int kK, int kGroup = 2, int kM, int kN, class LoadA, class LoadB>
 __device__ __forceinline__ void warp_product(float (&acc)[kM][kN][4], LoadA const& load_a,
                                              LoadB const& load_b,
                                              [[maybe_unused]] bool allow_tf32) {
@@ -208,9 +221,9 @@ __device__ __forceinline__ void warp_product(float (&acc)[kM][kN][4], LoadA cons
   if constexpr (kDType != DType::kFp32) {
     warp_gemm<kDType, kPiecesK>(acc, load_a, load_b);
   } else if (allow_tf32) {
-    warp_gemm_tf32<false, kPiecesK>(acc, load_a, load_b);
+    warp_gemm_tf32<false, kPiecesK, kGroup>(acc, load_a, load_b);
   } else {
-    warp_gemm_tf32<true, kPiecesK>(acc, load_a, load_b);
+    warp_gemm_tf32<true, kPiecesK, kGroup>(acc, load_a, load_b);
   }
 }
 

@@ -46,16 +46,12 @@ struct ForwardWarp {
   float acc_o[Traits::kPiecesM][2 * Traits::kPiecesD][4];
   OnlineSoftmax<Traits::kPiecesM> softmax;
   uint32_t smem;
-  bool allow_tf32;
 
-  __device__ __forceinline__ ForwardWarp(uint32_t smem, bool allow_tf32)
-      : smem(smem), allow_tf32(allow_tf32) {
-    clear(acc_o);
-  }
+  __device__ __forceinline__ ForwardWarp(uint32_t smem) : smem(smem) { clear(acc_o); }
 
   /// S = Q K^T.
   __device__ __forceinline__ void scores(
-      float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4]) {
+      float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4], bool allow_tf32) {
     int const thread_idx = fresh_thread_idx();
     PieceReader<typename Traits::TileQ, Operand::kA> const read_q(smem, 16 * (thread_idx / 32), 0,
                                                                   thread_idx);
@@ -68,10 +64,11 @@ struct ForwardWarp {
   }
 
   /// O += P V.
-  __device__ __forceinline__ void accumulate(Piece const (&p)[Traits::kPiecesM][Traits::kPiecesP]) {
+  __device__ __forceinline__ void accumulate(Piece const (&p)[Traits::kPiecesM][Traits::kPiecesP],
+                                             bool allow_tf32) {
     PieceReader<typename Traits::TileK, Operand::kB> const read_v(smem + Traits::kSmemV, 0, 0,
                                                                   fresh_thread_idx());
-    warp_product<kDType, Traits::kConfig.tile_n>(
+    warp_product<kDType, Traits::kConfig.tile_n, 1>(
         acc_o, [&](int m, int k) { return p[m][k]; },
         [&](int n, int k) { return load_piece(read_v, Traits::kPieceK * k, 16 * n); }, allow_tf32);
   }
@@ -175,10 +172,12 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     }
   };
 
+  // Kernels of fp32 have no register for what an option needs from tile to tile.
+  constexpr bool kReadsAnew = kConfig.extras && kConfig.dtype == DType::kFp32;
   float const slope =
       kConfig.extras ? uniform(alibi_slope(params.scores, tile.batch, tile.head)) : 0.f;
   DropoutKey const dropout_key(kConfig.extras ? params.dropout : Dropout{});
-  ForwardWarp<Traits> warp(smem, params.allow_tf32);
+  ForwardWarp<Traits> warp(smem);
   if (visible.max > visible.min) {
     GlobalRows const q(params.q, sequence.entry_q, tile.head, sequence.first_q, sequence.seqlen_q,
                        shape.head_dim, Traits::kElementBytes);
@@ -193,7 +192,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     copy_tile(params.v, shape.head_dim_v, Traits::kSmemV, v_block);
 
     float acc_s[Traits::kPiecesM][2 * Traits::kPiecesN][4];
-    warp.scores(acc_s);
+    warp.scores(acc_s, params.allow_tf32);
     if constexpr (!kConfig.late_copy) {
       swap_k_for_v(n_block);
     }
@@ -201,7 +200,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                                n_block * kConfig.tile_n, 16};
     float scale_log2 = params.softmax_scale * kLog2E;
     if constexpr (kConfig.extras) {
-      apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
+      float const tile_slope =
+          kReadsAnew ? alibi_slope(params.scores, tile.batch, tile.head) : slope;
+      apply_options(acc_s, place, params.scores, params.softmax_scale, tile_slope, sequence);
       scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
     }
     if (n_block < full.min || n_block >= full.max) {
@@ -212,13 +213,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
     if (kConfig.extras && params.dropout.rng_state != nullptr) {
       int const batch_head = tile.batch * shape.num_heads + tile.head;
+      DropoutKey const tile_key = kReadsAnew ? DropoutKey(params.dropout) : dropout_key;
       drop<kConfig.dtype>(p, KeptElements<Traits::kPiecesM, Traits::kPiecesN>(
-                                 params.dropout, dropout_key, batch_head, place));
+                                 params.dropout, tile_key, batch_head, place));
     }
     if constexpr (kConfig.late_copy) {
       swap_k_for_v(n_block);
     }
-    warp.accumulate(p);
+    warp.accumulate(p, params.allow_tf32);
   }
 
   store_tile(warp, params, query_tile(params, source, fresh(blockIdx.x)));
