@@ -63,7 +63,7 @@ def make_extras(
     return extras or None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def _allows_tf32() -> bool:
     """torch.compile guards the setting itself: another one compiles anew."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"

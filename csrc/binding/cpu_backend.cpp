@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor> forward_cpu(
   Options const options{
       softmax_scale, window_left,  window_right,
       softcap,       alibi_slopes, dropout_p,
-      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}, allow_tf32};
+      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
+      allow_tf32};
   ForwardCall const call(q, k, v, options, kAlignment);
   if (!call.is_empty()) {
     cpu::forward(call.params, call.dtype, int(torch::stable::get_num_threads()));
@@ -37,10 +38,10 @@ Tensor backward_cpu(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor
                     std::optional<Tensor> const& cu_seqlens_q,
                     std::optional<Tensor> const& cu_seqlens_k, bool allow_tf32) {
   std::optional<Tensor> const none;
-  Options const options{
-      softmax_scale, window_left,  window_right,
-      softcap,       alibi_slopes, dropout_p,
-      rng_state,     none,         {cu_seqlens_q, cu_seqlens_k, none, none, none}, allow_tf32};
+  Options const options{softmax_scale, window_left,  window_right,
+                        softcap,       alibi_slopes, dropout_p,
+                        rng_state,     none,         {cu_seqlens_q, cu_seqlens_k, none, none, none},
+                        allow_tf32};
   BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv}, options, deterministic,
                     kAlignment);
   if (call.is_empty()) {

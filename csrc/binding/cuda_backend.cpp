@@ -40,7 +40,8 @@ std::tuple<Tensor, Tensor> forward_cuda(
   Options const options{
       softmax_scale, window_left,  window_right,
       softcap,       alibi_slopes, dropout_p,
-      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}, allow_tf32};
+      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
+      allow_tf32};
   ForwardCall call(q, k, v, options, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   ForwardConfig const& config = device.forward_config(call.dtype, call.params);
@@ -75,10 +76,10 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
   std::optional<Tensor> const none;
-  Options const options{
-      softmax_scale, window_left,  window_right,
-      softcap,       alibi_slopes, dropout_p,
-      rng_state,     none,         {cu_seqlens_q, cu_seqlens_k, none, none, none}, allow_tf32};
+  Options const options{softmax_scale, window_left,  window_right,
+                        softcap,       alibi_slopes, dropout_p,
+                        rng_state,     none,         {cu_seqlens_q, cu_seqlens_k, none, none, none},
+                        allow_tf32};
   BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv}, options, deterministic,
                     kAlignment);
   CudaDevice const& device = cuda_device(device_index);

@@ -1,8 +1,8 @@
 // Warp-wide products of fp32 operands on tensor cores (mma.sync m16n8k8 of TF32), and what they
 // need beyond mma.cuh of tiles in shared memory.
 //
-// A TF32 operand has 11 significant bits of fp32's 24. Three products of them make one of fp32: each
-// operand is split in a big part, itself rounded to TF32, and the small rest,
+// A TF32 operand has 11 significant bits of fp32's 24. Three products of them make one of fp32:
+// each operand is split in a big part, itself rounded to TF32, and the small rest,
 //   a b = a_big b_big + (a_big b_small + a_small b_big) + a_small b_small,
 // of which the last is below fp32's rounding. Tensor cores cut a sum off instead of rounding it, so
 // a product is summed in accumulators of its own, big and small parts apart, and added to the
@@ -15,8 +15,8 @@ namespace flash {
 
 /// True of the operands that ldmatrix can't bring: it transposes 16-bit elements only.
 template <class Tile, Operand kOperand>
-concept ReadByWords = Tile::kElementBytes == 4 &&
-                      (kOperand == Operand::kATransposed || kOperand == Operand::kB);
+concept ReadByWords =
+    Tile::kElementBytes == 4 && (kOperand == Operand::kATransposed || kOperand == Operand::kB);
 
 /// One lane's addresses of the words of such an operand. Slot t of mma's K takes tile row 2t and
 /// slot t + 4 row 2t + 1, as set_pair() does it; the 32 words of a load are in 32 banks with them.
@@ -32,8 +32,7 @@ struct PieceReader<Tile, kOperand> {
     int const lane_idx = thread_idx % 32;
     int const row = first_row + lane_idx % 4 * 2, g = lane_idx / 4;
     bool const is_score = kOperand == Operand::kATransposed;
-    int const chunk =
-        first_col % Tile::kBlockCols / Tile::kChunkCols + (is_score ? g % 2 : g / 4);
+    int const chunk = first_col % Tile::kBlockCols / Tile::kChunkCols + (is_score ? g % 2 : g / 4);
     row_address = tile_address + first_col / Tile::kBlockCols * Tile::kBlockBytes +
                   row * Tile::kRowBytes + (is_score ? g / 2 : g % 4) * 4;
     chunk_offset = (chunk ^ Tile::swizzle(row)) << 4;
@@ -65,9 +64,9 @@ __device__ __forceinline__ Piece load_piece(PieceReader<Tile, kOperand> const& r
 }
 
 /// One lane's addresses of fragments that are written as an operand of products over their columns
-/// or their rows. Of every eight fp32 columns the even ones come first: ldmatrix then brings them in
-/// the order of set_pair(), and neither writing nor reading meets a bank twice. 16-bit elements lie
-/// in the order of their columns.
+/// or their rows. Of every eight fp32 columns the even ones come first: ldmatrix then brings them
+/// in the order of set_pair(), and neither writing nor reading meets a bank twice. 16-bit elements
+/// lie in the order of their columns.
 template <class Tile>
 struct ScoreWriter : FragmentWriter<Tile> {
   __device__ __forceinline__ ScoreWriter(uint32_t tile_address, int first_row, int first_col,
@@ -128,7 +127,7 @@ __device__ __forceinline__ void mma_tf32(float (&c)[kM][2 * kN][4], Tf32Piece co
 #pragma unroll
     for (int n = 0; n < 2 * kN; ++n) {
       uint32_t const* const b_n = (b[n / 2].*b_part).r + n % 2 * 2;
-      float(&d)[4] = c[m][n];
+      float (&d)[4] = c[m][n];
       Instruction::fma(d[0], d[1], d[2], d[3], a_m[0], a_m[1], a_m[2], a_m[3], b_n[0], b_n[1], d[0],
                        d[1], d[2], d[3]);
     }
@@ -173,12 +172,10 @@ __device__ __forceinline__ void add_product(float (&acc)[kM][kN][4], LoadA const
     }
     mma_tf32(sum, a, &Tf32Piece::big, b, &Tf32Piece::big);
   };
-  // ptxas moves loads to the front, across groups and steps, until there is no register left: 8 to
-  // 32 bytes spilled without the barrier, or with all steps in a row.
+  // With all steps in a row ptxas moves loads to the front until there is no register left.
   constexpr int kUnrolled = kPiecesK <= 8 ? kPiecesK : 4;
   static_assert(kPiecesK % kUnrolled == 0);
   load(0);
-  __syncwarp();
 #pragma unroll 1
   for (int first = 0; first < kPiecesK; first += kUnrolled) {
 #pragma unroll
@@ -198,32 +195,35 @@ __device__ __forceinline__ void add_product(float (&acc)[kM][kN][4], LoadA const
   }
 }
 
-/// warp_gemm() of fp32 operands. Goes through B in groups of pieces, for each of which A is loaded
-/// again: the sums of a group are all that is held beside the result.
-template <bool kSplit, int kPiecesK, int kGroup, int kFirst = 0, int kM, int kN, class LoadA,
-          class LoadB>
+/// warp_gemm() of fp32 operands, of one TF32 product each if `allow_tf32`. Goes through B in groups
+/// of kGroup pieces, for each of which A is loaded again: the sums of a group are all that is held
+/// beside the result. The branch stands in every group because it keeps ptxas from mixing groups,
+/// which spilled 4 to 56 bytes.
+template <int kPiecesK, int kGroup, int kFirst = 0, int kM, int kN, class LoadA, class LoadB>
 __device__ __forceinline__ void warp_gemm_tf32(float (&acc)[kM][kN][4], LoadA const& load_a,
-                                               LoadB const& load_b) {
+                                               LoadB const& load_b, bool allow_tf32) {
   constexpr int kCount = imin(kGroup, kN / 2 - kFirst);
-  add_product<kSplit, kPiecesK, kFirst, kCount>(acc, load_a, load_b);
+  if (allow_tf32) {
+    add_product<false, kPiecesK, kFirst, kCount>(acc, load_a, load_b);
+  } else {
+    add_product<true, kPiecesK, kFirst, kCount>(acc, load_a, load_b);
+  }
   if constexpr (kFirst + kCount < kN / 2) {
-    warp_gemm_tf32<kSplit, kPiecesK, kGroup, kFirst + kCount>(acc, load_a, load_b);
+    warp_gemm_tf32<kPiecesK, kGroup, kFirst + kCount>(acc, load_a, load_b, allow_tf32);
   }
 }
 
-/// acc += a b over kK columns of A. `allow_tf32` (ForwardParams) and kGroup, the pieces of B that an
-/// A from shared memory is loaded once for, are of fp32 alone.
+/// acc += a b over kK columns of A. `allow_tf32` (ForwardParams) and kGroup, the pieces of B that
+/// an A from shared memory is loaded once for, are of fp32 alone.
 template <DType kDType, int kK, int kGroup = 2, int kM, int kN, class LoadA, class LoadB>
 __device__ __forceinline__ void warp_product(float (&acc)[kM][kN][4], LoadA const& load_a,
                                              LoadB const& load_b,
                                              [[maybe_unused]] bool allow_tf32) {
   constexpr int kPiecesK = kK / kPieceK<kDType>;
-  if constexpr (kDType != DType::kFp32) {
-    warp_gemm<kDType, kPiecesK>(acc, load_a, load_b);
-  } else if (allow_tf32) {
-    warp_gemm_tf32<false, kPiecesK, kGroup>(acc, load_a, load_b);
+  if constexpr (kDType == DType::kFp32) {
+    warp_gemm_tf32<kPiecesK, kGroup>(acc, load_a, load_b, allow_tf32);
   } else {
-    warp_gemm_tf32<true, kPiecesK, kGroup>(acc, load_a, load_b);
+    warp_gemm<kDType, kPiecesK>(acc, load_a, load_b);
   }
 }
 

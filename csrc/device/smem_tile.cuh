@@ -57,11 +57,11 @@ enum class Operand {
   kBTransposed,  // tile rows are N, tile columns K
 };
 
-/// One lane's ldmatrix addresses into a tile, of pieces of 16 rows x 32 bytes. The lane that points at a row of an 8 x 8 matrix is
-/// chosen so that the four result registers come in mma's operand order; moving them costs an
-/// instruction each. Warps that share a dimension take its 16 x 16 pieces in turn (warp w of W:
-/// pieces w, w + W, ...), so a piece's column is a lane constant plus a multiple of 16 * W and
-/// never carries into it.
+/// One lane's ldmatrix addresses into a tile, of pieces of 16 rows x 32 bytes. The lane that points
+/// at a row of an 8 x 8 matrix is chosen so that the four result registers come in mma's operand
+/// order; moving them costs an instruction each. Warps that share a dimension take its 16 x 16
+/// pieces in turn (warp w of W: pieces w, w + W, ...), so a piece's column is a lane constant plus
+/// a multiple of 16 * W and never carries into it.
 template <class Tile, Operand kOperand>
 struct PieceReader {
   uint32_t row_address;

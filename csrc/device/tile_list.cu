@@ -120,8 +120,8 @@ __device__ void clear_rows(PackedProblem const& problem, int block_idx) {
         int64_t const offset = row * padded.tensor.row_stride +
                                chunk / chunks * padded.tensor.head_stride +
                                chunk % chunks * chunk_cols;
-        *reinterpret_cast<uint4*>(static_cast<char*>(padded.tensor.ptr) + offset * element_bytes) =
-            {};
+        *reinterpret_cast<uint4*>(static_cast<char*>(padded.tensor.ptr) +
+                                  offset * element_bytes) = {};
       }
     });
   }

@@ -168,9 +168,11 @@ __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_
 /// From scores and dP - softmax_d to P and dS, which go to shared memory as tiles of the inputs'
 /// type. `kept` is KeptElements, or null without dropout.
 template <class Traits, int kM, int kN, class Kept>
-__device__ __forceinline__ void store_gradients(
-    float const (&scores)[kM][kN][4], float const (&dp)[kM][kN][4], float const (&lse_log2)[kM][2],
-    float scale_log2, ScoreWriter<typename Traits::TileS> const& writer, Kept const& kept) {
+__device__ __forceinline__ void store_gradients(float const (&scores)[kM][kN][4],
+                                                float const (&dp)[kM][kN][4],
+                                                float const (&lse_log2)[kM][2], float scale_log2,
+                                                ScoreWriter<typename Traits::TileS> const& writer,
+                                                Kept const& kept) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -228,8 +230,7 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
     ReadRows const read_rows(rows_address, 16 * warp_m, 0, thread_idx);
     ReadKeys const read_keys(keys_address, 16 * warp_n, 0, thread_idx);
     warp_product<Traits::kDType, Traits::kHeadDim>(
-        acc,
-        [&](int m, int k) { return load_piece(read_rows, m * kRowStep, Traits::kPieceK * k); },
+        acc, [&](int m, int k) { return load_piece(read_rows, m * kRowStep, Traits::kPieceK * k); },
         [&](int n, int k) { return load_piece(read_keys, n * kColStep, Traits::kPieceK * k); },
         params.allow_tf32);
   };
@@ -382,8 +383,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
 
   CopyK::load(smem + Traits::kSmemK, key_rows<Traits>(params.k, tile, shape.head_dim), first_key(),
               threadIdx.x);
-  CopyK::load(smem + Traits::kSmemV, key_rows<Traits>(params.v, tile, shape.head_dim_v), first_key(),
-              threadIdx.x);
+  CopyK::load(smem + Traits::kSmemV, key_rows<Traits>(params.v, tile, shape.head_dim_v),
+              first_key(), threadIdx.x);
   cp_async_commit();
   if (visits_left > 0) {
     load_visit<Traits>(params, smem, tile.sequence, next_visit, visits_left % Traits::kStages);
@@ -444,9 +445,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   KeyTile const done =
       Traits::kTileInShared ? shared_tile : key_tile<Traits>(params, source, tile_idx);
   store_keys<Traits>(acc_dk, params.softmax_scale, smem + Traits::kSmemK,
-                     key_rows<Traits>(params.dk, done, shape.head_dim), done.n_block * kConfig.tile_n);
+                     key_rows<Traits>(params.dk, done, shape.head_dim),
+                     done.n_block * kConfig.tile_n);
   store_keys<Traits>(acc_dv, kConfig.extras ? params.dropout.scale : 1.f, smem + Traits::kSmemV,
-                     key_rows<Traits>(params.dv, done, shape.head_dim_v), done.n_block * kConfig.tile_n);
+                     key_rows<Traits>(params.dv, done, shape.head_dim_v),
+                     done.n_block * kConfig.tile_n);
 }
 
 }  // namespace flash::sm80

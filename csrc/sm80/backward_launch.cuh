@@ -66,8 +66,9 @@ void launch_backward(BackwardParams const& params, Device const& device, Stream 
 }
 
 template <int kHeadDim, int kElementBytes>
-bool BackwardUnit<kHeadDim, kElementBytes>::launch(BackwardConfig const& config, BackwardParams const& params,
-                                    Device const& device, Stream stream) {
+bool BackwardUnit<kHeadDim, kElementBytes>::launch(BackwardConfig const& config,
+                                                   BackwardParams const& params,
+                                                   Device const& device, Stream stream) {
   auto try_row = [&]<BackwardConfig kRow>() {
     if (!(config == kRow)) {
       return false;

@@ -50,8 +50,8 @@ struct ForwardWarp {
   __device__ __forceinline__ ForwardWarp(uint32_t smem) : smem(smem) { clear(acc_o); }
 
   /// S = Q K^T.
-  __device__ __forceinline__ void scores(
-      float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4], bool allow_tf32) {
+  __device__ __forceinline__ void scores(float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4],
+                                         bool allow_tf32) {
     int const thread_idx = fresh_thread_idx();
     PieceReader<typename Traits::TileQ, Operand::kA> const read_q(smem, 16 * (thread_idx / 32), 0,
                                                                   thread_idx);
@@ -172,8 +172,6 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     }
   };
 
-  // Kernels of fp32 have no register for what an option needs from tile to tile.
-  constexpr bool kReadsAnew = kConfig.extras && kConfig.dtype == DType::kFp32;
   float const slope =
       kConfig.extras ? uniform(alibi_slope(params.scores, tile.batch, tile.head)) : 0.f;
   DropoutKey const dropout_key(kConfig.extras ? params.dropout : Dropout{});
@@ -200,9 +198,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                                n_block * kConfig.tile_n, 16};
     float scale_log2 = params.softmax_scale * kLog2E;
     if constexpr (kConfig.extras) {
-      float const tile_slope =
-          kReadsAnew ? alibi_slope(params.scores, tile.batch, tile.head) : slope;
-      apply_options(acc_s, place, params.scores, params.softmax_scale, tile_slope, sequence);
+      apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
       scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
     }
     if (n_block < full.min || n_block >= full.max) {
@@ -213,9 +209,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
     if (kConfig.extras && params.dropout.rng_state != nullptr) {
       int const batch_head = tile.batch * shape.num_heads + tile.head;
-      DropoutKey const tile_key = kReadsAnew ? DropoutKey(params.dropout) : dropout_key;
       drop<kConfig.dtype>(p, KeptElements<Traits::kPiecesM, Traits::kPiecesN>(
-                                 params.dropout, tile_key, batch_head, place));
+                                 params.dropout, dropout_key, batch_head, place));
     }
     if constexpr (kConfig.late_copy) {
       swap_k_for_v(n_block);

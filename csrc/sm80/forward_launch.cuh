@@ -34,13 +34,15 @@ inline LaunchedTiles forward_tiles(ForwardConfig const& config, ForwardParams co
                       .other_tile_rows = config.tile_n,
                       .descending = order.descending};
   order.descending = false;  // the list is in order
-  return {{order, list_tiles(packed_problem(params, config.dtype), {tiling, params.workspace}, stream)},
-          max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m) * shape.num_heads};
+  return {
+      {order, list_tiles(packed_problem(params, config.dtype), {tiling, params.workspace}, stream)},
+      max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m) * shape.num_heads};
 }
 
 template <int kHeadDim, int kElementBytes>
-bool ForwardUnit<kHeadDim, kElementBytes>::launch(ForwardConfig const& config, ForwardParams const& params,
-                                   Device const& device, Stream stream) {
+bool ForwardUnit<kHeadDim, kElementBytes>::launch(ForwardConfig const& config,
+                                                  ForwardParams const& params, Device const& device,
+                                                  Stream stream) {
   auto try_row = [&]<ForwardConfig kRow>() {
     if (!(config == kRow)) {
       return false;
