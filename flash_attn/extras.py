@@ -63,10 +63,10 @@ def make_extras(
     return extras or None
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _allows_tf32() -> bool:
     """torch.compile guards the setting itself: another one compiles anew."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
 def with_precision(extras: Extras | None, q: Tensor) -> Extras | None:

@@ -15,14 +15,12 @@
 // deadlock. Design note: docs/sm80.md.
 #pragma once
 
-#include "arith/block_range.h"
 #include "config/backward_config.h"
 #include "config/smem_limit.h"
-#include "device/copy.cuh"
 #include "device/mma_fp32.cuh"
-#include "device/tile_source.h"
 #include "sm80/backward_extras.cuh"
 #include "sm80/backward_workspace.cuh"
+#include "sm80/key_tile.cuh"
 
 namespace flash::sm80 {
 
@@ -54,6 +52,8 @@ struct BackwardTraits {
   // More warps than S has pieces compute the same ones, and store the same values.
   static constexpr int kWarpsMS = kConfig.warps_m_s;
   static constexpr int kWarpsNS = imin(kConfig.num_warps / kWarpsMS, kConfig.tile_n / 16);
+  static constexpr int kWarpsS = kWarpsMS * kWarpsNS;
+  static constexpr bool kSharesS = kWarpsS < kConfig.num_warps;
   static constexpr int kWarpsNDkv = kConfig.warps_n_dkv;
   static constexpr int kWarpsDDkv = kConfig.num_warps / kWarpsNDkv;
   static constexpr int kWarpsMDq = kConfig.warps_m_dq;
@@ -78,72 +78,6 @@ struct BackwardTraits {
   static_assert(kSmemDS + TileS::kBytes == uint32_t(kConfig.smem_bytes()),
                 "table and kernel agree");
 };
-
-/// One visit of the walk: query tile m_block of query head `head`.
-struct QueryVisit {
-  int head;
-  int m_block;
-};
-
-/// The tile's place in the problem.
-struct KeyTile {
-  int n_block;  // negative: there is none
-  int batch;
-  int head_k;
-  Sequence sequence;
-  int first_row;        // of the sequence in the rows of softmax_d
-  BlockRange m_blocks;  // query tiles that see some key
-  BlockRange full;      // query tiles without need of the element mask
-
-  /// Query tiles of all query heads that read head_k.
-  __device__ __forceinline__ int num_visits(Shape const& shape) const {
-    return (m_blocks.max - m_blocks.min) * shape.query_heads_per_key_head();
-  }
-  /// Visits go from the last query tile to the first, last head first.
-  __device__ __forceinline__ QueryVisit first_visit(Shape const& shape) const {
-    return {(head_k + 1) * shape.query_heads_per_key_head() - 1, m_blocks.max - 1};
-  }
-  __device__ __forceinline__ QueryVisit after(QueryVisit const& visit) const {
-    bool const same_head = visit.m_block > m_blocks.min;
-    return {same_head ? visit.head : visit.head - 1,
-            same_head ? visit.m_block - 1 : m_blocks.max - 1};
-  }
-};
-
-template <class Traits>
-__device__ __forceinline__ TileGrid tile_grid(BackwardParams const& params,
-                                              Sequence const& sequence) {
-  return {Traits::kConfig.tile_m, Traits::kConfig.tile_n, sequence.seqlen_q, sequence.seqlen_k,
-          params.mask};
-}
-
-template <class Traits>
-__device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileSource const& source,
-                                            int tile_idx) {
-  Shape const& shape = params.shape;
-  Tile const tile = source.tile(tile_idx);
-  int const batch = tile.batch_head / shape.num_heads_k;
-  Sequence const sequence = sequence_of(params, batch);
-  TileGrid const grid = tile_grid<Traits>(params, sequence);
-  // Keys past the end have to be masked in every visit: exp(0 - lse) may be infinite.
-  bool const ragged = (tile.block + 1) * Traits::kConfig.tile_n > sequence.seqlen_k;
-  return {tile.block,
-          batch,
-          tile.batch_head % shape.num_heads_k,
-          sequence,
-          first_softmax_d_row(sequence, params.sequences, batch),
-          m_block_range(grid, tile.block),
-          ragged ? BlockRange{0, 0} : full_m_block_range(grid, tile.block)};
-}
-
-/// The tile's rows of k, v or a gradient of theirs.
-template <class Traits>
-__device__ __forceinline__ GlobalRows key_rows(Strided const& tensor, KeyTile const& tile,
-                                               int cols) {
-  Sequence const& sequence = tile.sequence;
-  return GlobalRows(tensor, sequence.entry_k, tile.head_k, sequence.first_k, sequence.seqlen_k,
-                    cols, Traits::kElementBytes);
-}
 
 /// Starts the copies of one visit's Q and dO into stage `stage`.
 template <class Traits>
@@ -208,8 +142,8 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   using ReadRows = PieceReader<typename Traits::TileQ, Operand::kA>;
   using ReadKeys = PieceReader<typename Traits::TileK, Operand::kBTransposed>;
   int const thread_idx = fresh_thread_idx();
-  int const warp_m = thread_idx / 32 % Traits::kWarpsMS;
-  int const warp_n = thread_idx / 32 / Traits::kWarpsMS % Traits::kWarpsNS;
+  int const warp = Traits::kSharesS ? thread_idx / 32 % Traits::kWarpsS : thread_idx / 32;
+  int const warp_m = warp % Traits::kWarpsMS, warp_n = warp / Traits::kWarpsMS;
   int const first_row = visit.m_block * kConfig.tile_m + 16 * warp_m;
 
   RowStats const* const lane_stats = row_stats + first_row + thread_idx % 32 / 4;
