@@ -144,6 +144,7 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "dense": ours_dense,
     "sm80": lambda: ours(newest_kernel_family=80),
     "fa2": lambda: sdpa(SDPBackend.FLASH_ATTENTION),
+    "efficient": lambda: sdpa(SDPBackend.EFFICIENT_ATTENTION),
     "cudnn": lambda: sdpa(SDPBackend.CUDNN_ATTENTION),
     "fa3": fa3,
     "fa3_det": lambda: fa3(deterministic=True),

@@ -100,6 +100,7 @@ struct ForwardParams {
   Sequences sequences;
   Mask mask;
   float softmax_scale;  // > 0
+  bool allow_tf32;      // products of fp32 on tensor cores may be off by TF32's rounding
   ScoreOptions scores;
   Dropout dropout;
   float const* sink;  // [num_heads]; null: none
@@ -146,6 +147,7 @@ struct BackwardParams {
   ScoreOptions scores;
   Bias dbias;  // fp32, of the shape of scores.bias; zeros, to which is added; null: not asked
   Dropout dropout;
+  bool allow_tf32;     // as in ForwardParams
   bool deterministic;  // dq bit-equal from run to run (dk and dv always are)
   void* workspace;     // as in ForwardParams
 

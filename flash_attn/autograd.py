@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,14 +11,20 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from flash_attn import ops
-from flash_attn.extras import Extras, check_deterministic_bias
+from flash_attn.extras import Extras, check_deterministic_bias, with_precision
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIM_STEP = 8  # CUDA kernels read rows of whole 16-byte pieces
 
-# (softcap, dropout_p, whether max_logits are asked, names of the option tensors, which follow q, k
-# and v): None without options.
-Options = tuple[float, float, bool, tuple[str, ...]]
+
+class Options(NamedTuple):
+    """What an Attention is called with besides scale and mask; its tensors follow q, k and v."""
+
+    softcap: float
+    dropout_p: float
+    allow_tf32: bool
+    asks_max_logits: bool
+    names: tuple[str, ...]  # of the tensors
 
 
 def unpack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,10 +43,11 @@ def _split(
     tensors: tuple[Tensor, ...], options: Options
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """The inputs of an Attention, and its options as keyword arguments of the forward op."""
-    softcap, dropout_p, _, names = options
+    softcap, dropout_p, allow_tf32, _, names = options
     count = len(tensors) - len(names)
     extras = dict(zip(names, tensors[count:], strict=True))
-    return tensors[:count], {"softcap": softcap, "dropout_p": dropout_p, **extras}
+    numbers = {"softcap": softcap, "dropout_p": dropout_p, "allow_tf32": allow_tf32}
+    return tensors[:count], {**numbers, **extras}
 
 
 class Attention(torch.autograd.Function):
@@ -67,7 +74,7 @@ class Attention(torch.autograd.Function):
         else:
             inputs, extras = _split(tensors, options)
             qkv = unpack(inputs)
-            forward = ops.forward_with_max_logits if options[2] else ops.forward
+            forward = ops.forward_with_max_logits if options.asks_max_logits else ops.forward
             out, softmax_lse, *max_logits = forward(
                 *qkv, softmax_scale, window_left, window_right, **extras
             )
@@ -116,7 +123,7 @@ def _backward_with_options(
     sink = extras.pop("sink", None)
     grads = tuple([torch.empty_like(tensor) for tensor in inputs])
     given = (dout, *unpack(inputs), out, softmax_lse, dlse, *unpack(grads))
-    names = options[3]
+    names = options.names
     needed = dict(zip(names, ctx.needs_input_grad[5 + len(inputs) :], strict=True))
     option_grads: dict[str, Tensor | None] = dict.fromkeys(names)
     dbias = None
@@ -260,7 +267,10 @@ def attention(
     if softmax_scale <= 0.0:
         tensors, softmax_scale = fold_scale(tensors, softmax_scale)
     head_dim_v = tensors[-1].size(-1)
-    padded = padded_on_cuda(tensors) if tensors[0].is_cuda else None
+    padded = None
+    if tensors[0].is_cuda:
+        extras = with_precision(extras, tensors[0])
+        padded = padded_on_cuda(tensors)
     if padded is not None:
         tensors = padded
     arguments = (softmax_scale, window_left, window_right)
@@ -293,9 +303,12 @@ def forward_only(
 ) -> tuple[Tensor, Tensor]:
     """out and softmax_lse of q, k and v, without gradients, by every option of the forward op."""
     folded, softmax_scale = fold_scale(tensors, softmax_scale)
-    padded = padded_on_cuda(folded) if folded[0].is_cuda else None
+    padded, options = None, extras
+    if folded[0].is_cuda:
+        options = with_precision(extras, folded[0]) or {}
+        padded = padded_on_cuda(folded)
     q, k, v = folded if padded is None else padded
-    out, softmax_lse = ops.forward(q, k, v, softmax_scale, window_left, window_right, **extras)
+    out, softmax_lse = ops.forward(q, k, v, softmax_scale, window_left, window_right, **options)
     return out if padded is None else out[..., : tensors[2].size(-1)], softmax_lse
 
 
@@ -309,6 +322,11 @@ def _any_requires_grad(extras: Extras) -> bool:
 
 def _flat(tensors: tuple[Tensor, ...], extras: Extras) -> tuple[Any, ...]:
     """Options and tensors of an Attention."""
-    numbers = (extras.get("softcap", 0.0), extras.get("dropout_p", 0.0), "max_logits" in extras)
+    numbers = (
+        extras.get("softcap", 0.0),
+        extras.get("dropout_p", 0.0),
+        extras.get("allow_tf32", False),
+        "max_logits" in extras,
+    )
     names = tuple([name for name, value in extras.items() if isinstance(value, Tensor)])
-    return ((*numbers, names), *tensors, *[extras[name] for name in names])
+    return (Options(*numbers, names), *tensors, *[extras[name] for name in names])

@@ -69,6 +69,19 @@ def make_extras(
     return extras or None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _allows_tf32() -> bool:
+    """torch.compile guards the setting itself: another one compiles anew."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def with_precision(extras: Extras | None, q: Tensor) -> Extras | None:
+    """`extras` of a call with CUDA tensors; with allow_tf32 if torch's matmul has it, in fp32."""
+    if q.dtype != torch.float32 or not _allows_tf32():
+        return extras
+    return {**(extras or {}), "allow_tf32": True}
+
+
 def _as_fp32(name: str, tensor: Any) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")

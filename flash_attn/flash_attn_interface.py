@@ -132,9 +132,10 @@ def flash_attn_func(
     differentiation and no torch.func transform.
 
     Args:
-        q: (batch, seqlen_q, heads, head_dim), head_dim up to 256. On CUDA torch.bfloat16 or
-            torch.float16, on CPU also torch.float32. On CUDA, a head_dim that isn't a multiple
-            of 8 costs a padded copy of q, k and v.
+        q: (batch, seqlen_q, heads, head_dim), head_dim up to 256; torch.bfloat16,
+            torch.float16 or torch.float32. On CUDA, products of float32 have TF32's rounding where
+            torch.backends.cuda.matmul.fp32_precision is "tf32" (allow_tf32=True), else float32's;
+            a head_dim that isn't a multiple of 8 costs a padded copy of q, k and v.
         k: (batch, seqlen_k, heads_k, head_dim), dtype and device of q.
         v: (batch, seqlen_k, heads_k, head_dim_v), head_dim_v up to 256; the output has head_dim_v
             too.

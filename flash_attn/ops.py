@@ -143,6 +143,7 @@ def _forward_fake(
     *,
     softcap: float = 0.0,
     dropout_p: float = 0.0,
+    allow_tf32: bool = False,
     **tensors: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     is_packed = tensors.get("cu_seqlens_q") is not None

@@ -17,7 +17,7 @@ from torch import Tensor
 from flash_attn import ops
 from flash_attn.autograd import fold_scale, forward_only
 from flash_attn.dropout import draw_rng_state
-from flash_attn.extras import Extras
+from flash_attn.extras import Extras, with_precision
 from flash_attn.paged import gather_pages
 from flash_attn.probabilities import signed_probabilities
 
@@ -76,6 +76,8 @@ def _backward(
         torch.empty_like(tensor) if gradient is None else gradient
         for gradient, tensor in zip(gradients, qkv, strict=True)
     ]
+    if qkv[0].is_cuda:
+        extras = with_precision(extras, qkv[0]) or {}
     folded, scale = fold_scale(tuple(qkv), softmax_scale)
     given = (dout, *folded, out, softmax_lse, None, *written)
     softmax_d: Tensor = ops.backward(*given, scale, *window, deterministic, **extras)

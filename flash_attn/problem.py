@@ -17,8 +17,7 @@ from torch import Tensor
 MAX_HEAD_DIM = 256
 UNBOUNDED = (-1, -1)  # the default of window_size
 ANY_BATCH = -1  # a batch size that fits every other
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_CUDA_DTYPES = (torch.bfloat16, torch.float16)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _reject(name: str, expected: str, got: object) -> NoReturn:
@@ -46,20 +45,10 @@ def check_tensor(name: str, tensor: Tensor, layout: str, rank: int) -> torch.Siz
 
 def check_kind(name: str, tensor: Tensor) -> None:
     """dtype and device that a backend exists for."""
-    dtype = tensor.dtype
-    if tensor.is_cuda:
-        if dtype not in _CUDA_DTYPES:
-            _reject(
-                name,
-                "dtype torch.bfloat16 or torch.float16 on CUDA (cast it, or call under "
-                "torch.autocast)",
-                dtype,
-            )
-    elif tensor.is_cpu or tensor.is_meta:
-        if dtype not in _CPU_DTYPES:
-            _reject(name, "dtype torch.float32, torch.bfloat16 or torch.float16", dtype)
-    else:
+    if not (tensor.is_cuda or tensor.is_cpu or tensor.is_meta):
         _reject(name, "a CPU or CUDA tensor", f"device {tensor.device}")
+    if tensor.dtype not in _DTYPES:
+        _reject(name, "dtype torch.float32, torch.bfloat16 or torch.float16", tensor.dtype)
 
 
 def check_same_kind(name: str, tensor: Tensor, q: Tensor) -> None:

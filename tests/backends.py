@@ -8,8 +8,8 @@ import torch
 from flash_attn import ops
 
 GPU = "cuda"
-CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GPU_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SM90_DTYPES = (torch.bfloat16, torch.float16)
 
 # What an exception of C++ arrives as: ValueError under torch 2.10, RuntimeError under 2.15.
 CPP_ERROR = (ValueError, RuntimeError)
@@ -28,14 +28,11 @@ on_devices = pytest.mark.parametrize("device", ["cpu", pytest.param(GPU, marks=p
 
 on_backends = pytest.mark.parametrize(
     ("device", "dtype"),
-    [pytest.param("cpu", dtype, id=_name("cpu", dtype)) for dtype in CPU_DTYPES]
-    + [
-        pytest.param(GPU, dtype, id=_name(GPU, dtype), marks=pytest.mark.gpu)
-        for dtype in GPU_DTYPES
-    ],
+    [pytest.param("cpu", dtype, id=_name("cpu", dtype)) for dtype in DTYPES]
+    + [pytest.param(GPU, dtype, id=_name(GPU, dtype), marks=pytest.mark.gpu) for dtype in DTYPES],
 )
 
-in_gpu_dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+in_gpu_dtypes = pytest.mark.parametrize("dtype", SM90_DTYPES, ids=str)
 
 
 def has_sm90(pass_name: str) -> bool:

@@ -33,19 +33,16 @@ def on_cpu(*sizes: int, dtype: torch.dtype = BF16) -> Tensor:
     return torch.ones(sizes, dtype=dtype)
 
 
-FP32_ON_GPU = (
-    "expected dtype torch.bfloat16 or torch.float16 on CUDA (cast it, or call under "
-    "torch.autocast), got torch.float32"
-)
+FP64 = "expected dtype torch.float32, torch.bfloat16 or torch.float16, got torch.float64"
 
 BAD_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
-    "fp32": (
-        lambda: flash_attn_func(*(on_gpu(*sizes, dtype=torch.float32) for sizes in (Q, K, K))),
-        f"q: {FP32_ON_GPU}",
+    "fp64": (
+        lambda: flash_attn_func(*(on_gpu(*sizes, dtype=torch.float64) for sizes in (Q, K, K))),
+        f"q: {FP64}",
     ),
-    "fp32_qkv": (
-        lambda: flash_attn_qkvpacked_func(on_gpu(2, 5, 3, 2, 16, dtype=torch.float32)),
-        f"qkv: {FP32_ON_GPU}",
+    "fp64_qkv": (
+        lambda: flash_attn_qkvpacked_func(on_gpu(2, 5, 3, 2, 16, dtype=torch.float64)),
+        f"qkv: {FP64}",
     ),
     "k_on_cpu": (
         lambda: flash_attn_func(on_gpu(*Q), on_cpu(*K), on_gpu(*K)),
@@ -108,9 +105,9 @@ def with_one_on_cpu(name: str) -> dict[str, Any]:
 
 
 BAD_OPS: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "fp32": (
-        lambda: op_tensors(dtype=torch.float32),
-        "q: expected dtype Half or BFloat16 on CUDA, got Float",
+    "fp64": (
+        lambda: op_tensors(dtype=torch.float64),
+        "q: expected dtype Half, BFloat16 or Float, got Double",
     ),
     "head_dim": (
         lambda: op_tensors(head_dim=20),

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MAX_LINES = 450
 MAX_UNIT_LINES = 5
-MAX_UNITS = 20
+MAX_UNITS = 30
 CPP_SUFFIXES = {".h", ".cpp", ".cuh", ".cu"}
 TEXT_SUFFIXES = CPP_SUFFIXES | {".py", ".md", ".toml", ".txt", ".cmake", ""}
 

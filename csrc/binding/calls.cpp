@@ -186,6 +186,7 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
           .sequences = problem.sequences,
           .mask = mask_of(options),
           .softmax_scale = checked_scale(options.softmax_scale),
+          .allow_tf32 = options.allow_tf32,
           .scores = checked_scores(options.softcap, options.alibi_slopes, options.bias, q, problem),
           .dropout = checked_dropout(options.dropout_p, options.rng_state, q),
           .sink = checked_sink(options.sink, q, problem.shape),
@@ -221,6 +222,7 @@ BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool
                                       problem),
              .dbias = zeroed_dbias(given.dbias, options, problem, deterministic),
              .dropout = checked_dropout(options.dropout_p, options.rng_state, given.q),
+             .allow_tf32 = options.allow_tf32,
              .deterministic = deterministic,
              .workspace = nullptr} {}
 

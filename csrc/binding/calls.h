@@ -23,6 +23,7 @@ struct Options {
   Given rng_state;
   Given sink;  // of the forward
   SequenceTensors sequences;
+  bool allow_tf32;  // fp32 on CUDA
 };
 
 /// A new contiguous tensor on the device of `like`; `dtype` is one of aoti_torch_dtype_*().

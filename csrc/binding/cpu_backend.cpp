@@ -18,13 +18,15 @@ ForwardResult<kMaxLogits> forward_cpu(
     std::optional<Tensor> const& bias, double dropout_p, std::optional<Tensor> const& rng_state,
     std::optional<Tensor> const& sink, std::optional<Tensor> const& cu_seqlens_q,
     std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& seqused_k,
-    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k) {
+    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k,
+    bool allow_tf32) {
   Options const options{
       softmax_scale, window_left,
       window_right,  softcap,
       alibi_slopes,  bias,
       dropout_p,     rng_state,
-      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
+      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
+      allow_tf32};
   ForwardCall const call(q, k, v, options, kMaxLogits, kAlignment);
   if (!call.is_empty()) {
     cpu::forward(call.params, call.dtype, int(torch::stable::get_num_threads()));
@@ -39,13 +41,15 @@ Tensor backward_cpu(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor
                     std::optional<Tensor> const& alibi_slopes, std::optional<Tensor> const& bias,
                     double dropout_p, std::optional<Tensor> const& rng_state,
                     std::optional<Tensor> const& cu_seqlens_q,
-                    std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& dbias) {
+                    std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& dbias,
+                    bool allow_tf32) {
   std::optional<Tensor> const none;
   Options const options{softmax_scale, window_left,
                         window_right,  softcap,
                         alibi_slopes,  bias,
                         dropout_p,     rng_state,
-                        none,          {cu_seqlens_q, cu_seqlens_k, none, none, none}};
+                        none,          {cu_seqlens_q, cu_seqlens_k, none, none, none},
+                        allow_tf32};
   BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, dbias}, options,
                     deterministic, kAlignment);
   if (call.is_empty()) {

@@ -36,7 +36,8 @@ ForwardResult<kMaxLogits> forward_cuda(
     std::optional<Tensor> const& bias, double dropout_p, std::optional<Tensor> const& rng_state,
     std::optional<Tensor> const& sink, std::optional<Tensor> const& cu_seqlens_q,
     std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& seqused_k,
-    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k) {
+    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k,
+    bool allow_tf32) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
   Options const options{
@@ -44,7 +45,8 @@ ForwardResult<kMaxLogits> forward_cuda(
       window_right,  softcap,
       alibi_slopes,  bias,
       dropout_p,     rng_state,
-      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
+      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
+      allow_tf32};
   ForwardCall call(q, k, v, options, kMaxLogits, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   ForwardConfig const& config = device.forward_config(call.dtype, call.params);
@@ -75,8 +77,8 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
                      std::optional<Tensor> const& alibi_slopes, std::optional<Tensor> const& bias,
                      double dropout_p, std::optional<Tensor> const& rng_state,
                      std::optional<Tensor> const& cu_seqlens_q,
-                     std::optional<Tensor> const& cu_seqlens_k,
-                     std::optional<Tensor> const& dbias) {
+                     std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& dbias,
+                     bool allow_tf32) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
   std::optional<Tensor> const none;
@@ -84,7 +86,8 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
                         window_right,  softcap,
                         alibi_slopes,  bias,
                         dropout_p,     rng_state,
-                        none,          {cu_seqlens_q, cu_seqlens_k, none, none, none}};
+                        none,          {cu_seqlens_q, cu_seqlens_k, none, none, none},
+                        allow_tf32};
   BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, dbias}, options,
                     deterministic, kAlignment);
   CudaDevice const& device = cuda_device(device_index);

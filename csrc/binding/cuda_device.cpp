@@ -100,7 +100,7 @@ CudaDevice::CudaDevice(int device_index)
                   .num_sms = attribute(cudaDevAttrMultiProcessorCount, device_index),
                   .l2_bytes = attribute(cudaDevAttrL2CacheSize, device_index)} {
   for (bool const extras : {false, true}) {
-    for (DType const dtype : {DType::kFp16, DType::kBf16}) {
+    for (DType const dtype : {DType::kFp16, DType::kBf16, DType::kFp32}) {
       for (std::size_t step = 0; step < forward_[0][0].size(); ++step) {
         KernelRequest const request{compute_capability_, dtype, int(step) * kHeadDimStep, extras,
                                     smem_bytes_};
@@ -114,10 +114,6 @@ CudaDevice::CudaDevice(int device_index)
 template <class Config, class Params>
 Config const& CudaDevice::find(Table<Config> const& table, char const* pass, DType dtype,
                                Params const& params) const {
-  if (dtype == DType::kFp32) {
-    throw std::invalid_argument(
-        "flash_attn: q: expected dtype Half or BFloat16 on CUDA, got Float");
-  }
   check_head_dim_step("q", params.shape.head_dim);
   check_head_dim_step("v", params.shape.head_dim_v);
   int const head_dim = std::max(params.shape.head_dim, params.shape.head_dim_v);

@@ -27,10 +27,10 @@ class CudaDevice {
   Device const& properties() const { return properties_; }
 
  private:
-  /// Selections by extras, dtype (fp16, bf16) and head_dim / kHeadDimStep: a lookup in the hot path
+  /// Selections by extras, dtype and head_dim / kHeadDimStep: a lookup in the hot path
   /// instead of a search.
   template <class Config>
-  using Table = std::array<std::array<std::array<Selection<Config>, 256 / kHeadDimStep + 1>, 2>, 2>;
+  using Table = std::array<std::array<std::array<Selection<Config>, 256 / kHeadDimStep + 1>, 3>, 2>;
 
   /// False also where limit_kernel_family() says so.
   bool uses_sm90() const;

@@ -11,7 +11,7 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
       "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? bias=None, float dropout_p=0.0, "
       "Tensor? rng_state=None, Tensor? sink=None, Tensor? cu_seqlens_q=None, "
       "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, Tensor? leftpad_k=None, "
-      "Tensor? batch_idx_k=None)";
+      "Tensor? batch_idx_k=None, bool allow_tf32=False)";
   m.def(("forward" + forward_arguments + " -> (Tensor out, Tensor softmax_lse)").c_str());
   m.def(("forward_with_max_logits" + forward_arguments +
          " -> (Tensor out, Tensor softmax_lse, Tensor max_logits)")
@@ -22,7 +22,7 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
       "int window_left, int window_right, bool deterministic, *, float softcap=0.0, "
       "Tensor? alibi_slopes=None, Tensor? bias=None, float dropout_p=0.0, "
       "Tensor? rng_state=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
-      "Tensor(d!)? dbias=None) -> Tensor softmax_d");
+      "Tensor(d!)? dbias=None, bool allow_tf32=False) -> Tensor softmax_d");
   m.def("build_info() -> str");
   m.def("limit_kernel_family(int arch) -> int");
   m.def("limit_backward_section(int heads) -> int");

@@ -30,7 +30,7 @@ struct BackwardConfig {
   friend constexpr bool operator==(BackwardConfig const&, BackwardConfig const&) = default;
 };
 
-/// Order of preference as in kForwardRows.
+/// Of a 16-bit dtype; order of preference as in kForwardRows.
 template <DType kDType>
 inline constexpr BackwardConfig kBackwardRows[] = {
     // clang-format off
@@ -54,6 +54,36 @@ inline constexpr BackwardConfig kBackwardRows[] = {
     {80, kDType, 256, true,      64,  64,  8,     2,   2,   2,    2,    1},
     {80, kDType, 256, true,      32,  64,  8,     2,   2,   2,    2,    1},
     {80, kDType, 256, true,      32,  32,  4,     2,   2,   1,    1,    1},
+    // clang-format on
+};
+
+/// Rows of fp32. One buffer of Q and dO: its copy is short beside three products for each.
+template <>
+inline constexpr BackwardConfig kBackwardRows<DType::kFp32>[] = {
+    // clang-format off
+    // arch dtype     head_dim extras  m    n  warps  m_s n_dkv m_dq stages blocks
+    {80, DType::kFp32,  64, false,     64,  64,  8,     4,   4,   4,    1,    1},
+    {80, DType::kFp32,  64, true,      64,  64,  8,     4,   4,   4,    1,    1},
+    {80, DType::kFp32,  96, false,     64,  64,  8,     4,   4,   4,    1,    1},
+    {80, DType::kFp32,  96, false,     32,  32,  4,     2,   2,   2,    1,    1},
+    {80, DType::kFp32,  96, true,      64,  64,  8,     4,   4,   4,    1,    1},
+    {80, DType::kFp32,  96, true,      32,  32,  4,     2,   2,   2,    1,    1},
+    {80, DType::kFp32, 128, false,     64,  64,  8,     4,   4,   4,    1,    1},
+    {80, DType::kFp32, 128, false,     32,  32,  4,     2,   2,   2,    1,    1},
+    {80, DType::kFp32, 128, true,      64,  64,  8,     4,   4,   4,    1,    1},
+    {80, DType::kFp32, 128, true,      32,  32,  4,     2,   2,   2,    1,    1},
+    {80, DType::kFp32, 192, false,     64,  64,  8,     4,   4,   4,    1,    1},
+    {80, DType::kFp32, 192, false,     32,  64,  8,     2,   4,   2,    1,    1},
+    {80, DType::kFp32, 192, false,     16,  32,  4,     1,   2,   1,    1,    1},
+    {80, DType::kFp32, 192, true,      64,  64,  8,     4,   4,   4,    1,    1},
+    {80, DType::kFp32, 192, true,      32,  64,  8,     2,   4,   2,    1,    1},
+    {80, DType::kFp32, 192, true,      16,  32,  4,     1,   2,   1,    1,    1},
+    {80, DType::kFp32, 256, false,     64,  32,  8,     4,   2,   4,    1,    1},
+    {80, DType::kFp32, 256, false,     32,  32,  8,     2,   2,   2,    1,    1},
+    {80, DType::kFp32, 256, false,     16,  16,  4,     1,   1,   1,    1,    1},
+    {80, DType::kFp32, 256, true,      64,  32,  8,     4,   2,   4,    1,    1},
+    {80, DType::kFp32, 256, true,      32,  32,  8,     2,   2,   2,    1,    1},
+    {80, DType::kFp32, 256, true,      16,  16,  4,     1,   1,   1,    1,    1},
     // clang-format on
 };
 

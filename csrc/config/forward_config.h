@@ -25,15 +25,15 @@ struct ForwardConfig {
   friend constexpr bool operator==(ForwardConfig const&, ForwardConfig const&) = default;
 };
 
-/// Rows of one dtype; rows of one (arch, head_dim, extras) are in order of preference. The first
-/// whose blocks_per_sm fit an SM's shared memory is taken, else the first that fits at all (a block
-/// gets 163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on sm_90). Measured: docs/lessons.md.
+/// Rows of a 16-bit dtype; rows of one (arch, head_dim, extras) are in order of preference. The
+/// first whose blocks_per_sm fit an SM's shared memory is taken, else the first that fits at all (a
+/// block gets 163 KB on sm_80, 99 KB on sm_86/89/120, 227 KB on sm_90). Measured: docs/lessons.md.
 template <DType kDType>
 inline constexpr ForwardConfig kForwardRows[] = {
     // clang-format off
     // arch dtype head_dim extras  m    n  warps  late  blocks
     {80, kDType,  64, false,     64, 128,  4,   false,  3},
-    {80, kDType,  64, true,      64, 128,  4,   false,  2},
+    {80, kDType,  64, true,      64, 128,  4,   false,  3},
     {80, kDType,  96, false,    128,  64,  4,   false,  2},
     {80, kDType,  96, true,     128,  64,  4,   false,  2},
     {80, kDType, 128, false,    128,  64,  4,   true,   2},
@@ -43,6 +43,28 @@ inline constexpr ForwardConfig kForwardRows[] = {
     {80, kDType, 256, false,     64,  64,  4,   false,  2},
     {80, kDType, 256, false,    128,  64,  8,   false,  1},
     {80, kDType, 256, true,      64,  64,  4,   false,  2},
+    // clang-format on
+};
+
+/// Rows of fp32, in the order of kForwardRows.
+template <>
+inline constexpr ForwardConfig kForwardRows<DType::kFp32>[] = {
+    // clang-format off
+    // arch dtype     head_dim extras  m    n  warps  late  blocks
+    {80, DType::kFp32,  64, false,     64,  64,  4,   false,  2},
+    {80, DType::kFp32,  64, true,      64,  64,  4,   false,  2},
+    {80, DType::kFp32,  96, false,     64,  64,  4,   false,  2},
+    {80, DType::kFp32,  96, true,      64,  64,  4,   false,  2},
+    {80, DType::kFp32, 128, false,     64,  32,  4,   false,  2},
+    {80, DType::kFp32, 128, false,    128,  32,  8,   false,  1},
+    {80, DType::kFp32, 128, true,      64,  32,  4,   false,  2},
+    {80, DType::kFp32, 128, true,     128,  32,  8,   false,  1},
+    {80, DType::kFp32, 192, false,     64,  32,  4,   false,  2},
+    {80, DType::kFp32, 192, true,      64,  32,  4,   false,  2},
+    {80, DType::kFp32, 256, false,    128,  16,  8,   false,  1},
+    {80, DType::kFp32, 256, false,     64,  16,  4,   false,  1},
+    {80, DType::kFp32, 256, true,     128,  16,  8,   false,  1},
+    {80, DType::kFp32, 256, true,      64,  16,  4,   false,  1},
     // clang-format on
 };
 

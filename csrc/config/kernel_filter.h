@@ -61,7 +61,7 @@ constexpr RowName row_name(std::string_view pass, int arch, int head_dim, DType 
   append("/");
   append_number(head_dim);
   append("/");
-  append(dtype == DType::kBf16 ? "bf16" : "fp16");
+  append(dtype == DType::kBf16 ? "bf16" : dtype == DType::kFp16 ? "fp16" : "fp32");
   append(extras ? "/extras" : "");
   return name;
 }

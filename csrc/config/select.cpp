@@ -5,10 +5,10 @@
 namespace flash {
 namespace {
 
-template <class Config, std::size_t kCount>
-std::vector<Config> both(Config const (&bf16)[kCount], Config const (&fp16)[kCount]) {
-  std::vector<Config> rows(std::begin(bf16), std::end(bf16));
-  rows.insert(rows.end(), std::begin(fp16), std::end(fp16));
+template <class Config, std::size_t... kCounts>
+std::vector<Config> joined(Config const (&... tables)[kCounts]) {
+  std::vector<Config> rows;
+  (rows.insert(rows.end(), std::begin(tables), std::end(tables)), ...);
   return rows;
 }
 
@@ -88,11 +88,12 @@ Selection<Config> select(std::vector<Config> const& rows, KernelRequest const& r
 }  // namespace
 
 std::vector<ForwardConfig> forward_rows() {
-  return both(kForwardRows<DType::kBf16>, kForwardRows<DType::kFp16>);
+  return joined(kForwardRows<DType::kBf16>, kForwardRows<DType::kFp16>, kForwardRows<DType::kFp32>);
 }
 
 std::vector<BackwardConfig> backward_rows() {
-  return both(kBackwardRows<DType::kBf16>, kBackwardRows<DType::kFp16>);
+  return joined(kBackwardRows<DType::kBf16>, kBackwardRows<DType::kFp16>,
+                kBackwardRows<DType::kFp32>);
 }
 
 Selection<ForwardConfig> select_forward(KernelRequest const& request) {
@@ -104,11 +105,11 @@ Selection<BackwardConfig> select_backward(KernelRequest const& request) {
 }
 
 std::vector<Sm90ForwardConfig> sm90_forward_rows() {
-  return both(kSm90ForwardRows<DType::kBf16>, kSm90ForwardRows<DType::kFp16>);
+  return joined(kSm90ForwardRows<DType::kBf16>, kSm90ForwardRows<DType::kFp16>);
 }
 
 std::vector<Sm90BackwardConfig> sm90_backward_rows() {
-  return both(kSm90BackwardRows<DType::kBf16>, kSm90BackwardRows<DType::kFp16>);
+  return joined(kSm90BackwardRows<DType::kBf16>, kSm90BackwardRows<DType::kFp16>);
 }
 
 Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& params,

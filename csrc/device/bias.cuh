@@ -58,7 +58,7 @@ __device__ __forceinline__ void for_each_bias(Bias const& bias, PiecePlacement c
       if (row >= rows_left(place, of)) {
         continue;
       }
-      if (bias.dtype == DType::kFp32) {
+      if (kDType == DType::kFp32 || bias.dtype == DType::kFp32) {
         for_each_in_row<float const, kN>(bias, place, of, row,
                                          [&](int n, int e, float const* element, bool is_col) {
                                            if (is_col) {

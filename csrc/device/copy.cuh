@@ -32,10 +32,10 @@ struct GlobalRows {
   int num_cols;       // columns past these are not touched; a multiple of 8
 
   __device__ __forceinline__ GlobalRows(Strided const& tensor, int entry, int head, int first_row,
-                                        int num_rows, int num_cols)
+                                        int num_rows, int num_cols, int element_bytes)
       : ptr(static_cast<char*>(tensor.ptr) +
-            (tensor.offset(entry, head) + first_row * tensor.row_stride) * 2),
-        row_bytes(tensor.row_stride * 2),
+            (tensor.offset(entry, head) + first_row * tensor.row_stride) * element_bytes),
+        row_bytes(tensor.row_stride * element_bytes),
         num_rows(num_rows),
         num_cols(num_cols) {}
 };
@@ -43,7 +43,7 @@ struct GlobalRows {
 /// How kThreads threads walk a tile: groups of eight (four) lanes share a row of a column block.
 template <class Tile, int kThreads>
 struct TileCopy {
-  static constexpr int kChunksPerRow = Tile::kBlockCols / 8;
+  static constexpr int kChunksPerRow = Tile::kBlockCols / Tile::kChunkCols;
   static constexpr int kRowsPerPass = kThreads / kChunksPerRow;
   static constexpr int kBlocks = Tile::kCols / Tile::kBlockCols;
   static constexpr int kPasses = ceil_div(Tile::kRows, kRowsPerPass);
@@ -52,13 +52,14 @@ struct TileCopy {
   static __device__ __forceinline__ void load(uint32_t tile_address, GlobalRows const& source,
                                               int first_row, int thread_idx) {
     int const row = thread_idx / kChunksPerRow;
-    int const col = thread_idx % kChunksPerRow * 8;
+    int const col = thread_idx % kChunksPerRow * Tile::kChunkCols;
     static_assert(Tile::kRows % kRowsPerPass == 0 || kPasses == 1,
                   "whole passes, or a part of one");
     if (kRowsPerPass > Tile::kRows && row >= Tile::kRows) {
       return;
     }
-    char const* global = source.ptr + int64_t(first_row + row) * source.row_bytes + col * 2;
+    char const* global =
+        source.ptr + int64_t(first_row + row) * source.row_bytes + col * Tile::kElementBytes;
     int64_t const pass_bytes = kRowsPerPass * source.row_bytes;
     int const rows_left = source.num_rows - first_row - row;
     uint32_t const address = tile_address + Tile::offset(row, col);
@@ -69,7 +70,7 @@ struct TileCopy {
         bool const valid =
             pass * kRowsPerPass < rows_left && col + block * Tile::kBlockCols < source.num_cols;
         cp_async_16(address + block * Tile::kBlockBytes + pass * kRowsPerPass * Tile::kRowBytes,
-                    global + block * Tile::kBlockCols * 2, valid);
+                    global + block * Tile::kRowBytes, valid);
       }
       global += pass_bytes;
     }
@@ -81,18 +82,19 @@ struct TileCopy {
   static __device__ __forceinline__ void store(uint32_t tile_address, int tile_row,
                                                GlobalRows const& target, int first_row,
                                                int thread_idx) {
-    int const col = thread_idx % kChunksPerRow * 8;
+    int const col = thread_idx % kChunksPerRow * Tile::kChunkCols;
 #pragma unroll
     for (int first = 0; first < kRows; first += kRowsPerPass) {
       int const row = tile_row + first + thread_idx / kChunksPerRow;
       if (row >= tile_row + kRows || first_row + row >= target.num_rows) {
         continue;
       }
-      char* global = target.ptr + int64_t(first_row + row) * target.row_bytes + col * 2;
+      char* global =
+          target.ptr + int64_t(first_row + row) * target.row_bytes + col * Tile::kElementBytes;
 #pragma unroll
       for (int block = 0; block < kBlocks; ++block) {
         if (col + block * Tile::kBlockCols < target.num_cols) {
-          *reinterpret_cast<uint4*>(global + block * Tile::kBlockCols * 2) =
+          *reinterpret_cast<uint4*>(global + block * Tile::kRowBytes) =
               load_shared_16(tile_address + Tile::offset(row, col + block * Tile::kBlockCols));
         }
       }

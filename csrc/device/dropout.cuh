@@ -89,10 +89,23 @@ struct KeptElements {
   __device__ __forceinline__ uint32_t pair_mask(int m, int n, int half) const {
     return permute(word[m][n / 2][half], 0, n % 2 == 0 ? 0x9988 : 0xbbaa);
   }
+  /// Mask of element e of fragment n as fp32.
+  __device__ __forceinline__ uint32_t mask(int m, int n, int e) const {
+    return permute(word[m][n / 2][e / 2], 0, 0x8888 + 0x1111 * (n % 2 * 2 + e % 2));
+  }
   /// `value`, element e of fragment n, or 0 if it is dropped.
   __device__ __forceinline__ float kept(float value, int m, int n, int e) const {
-    uint32_t const mask = permute(word[m][n / 2][e / 2], 0, 0x8888 + 0x1111 * (n % 2 * 2 + e % 2));
-    return __uint_as_float(__float_as_uint(value) & mask);
+    return __uint_as_float(__float_as_uint(value) & mask(m, n, e));
+  }
+  /// Clears what is dropped of two neighbours in row half `half` of fragment n.
+  template <DType kDType>
+  __device__ __forceinline__ void drop(PackedPair<kDType>& pair, int m, int n, int half) const {
+    if constexpr (kDType == DType::kFp32) {
+      pair.word[0] &= mask(m, n, 2 * half);
+      pair.word[1] &= mask(m, n, 2 * half + 1);
+    } else {
+      pair.word[0] &= pair_mask(m, n, half);
+    }
   }
 
  private:
@@ -169,16 +182,20 @@ struct KeptBits {
   }
 };
 
-/// Clears what dropout drops of probabilities that are packed as operands.
-template <int kM, int kN>
-__device__ __forceinline__ void drop(Piece (&p)[kM][kN], KeptElements<kM, kN> const& kept) {
+/// Clears what dropout drops of probabilities that are operands (set_pair() of mma.cuh).
+template <DType kDType, int kM, int kPieces, int kN>
+__device__ __forceinline__ void drop(Piece (&p)[kM][kPieces], KeptElements<kM, kN> const& kept) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+    for (int n = 0; n < kPieces; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        p[m][n].r[i] &= kept.pair_mask(m, 2 * n + i / 2, i % 2);
+        if constexpr (kDType == DType::kFp32) {
+          p[m][n].r[i] &= kept.mask(m, n, i % 2 * 2 + i / 2);
+        } else {
+          p[m][n].r[i] &= kept.pair_mask(m, 2 * n + i / 2, i % 2);
+        }
       }
     }
   }

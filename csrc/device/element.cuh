@@ -1,6 +1,7 @@
-// The 16-bit element types and their packing.
+// The element types, their packing and stores of them.
 #pragma once
 
+#include "device/shared_memory.cuh"
 #include "params.h"
 
 namespace flash {
@@ -31,6 +32,30 @@ __device__ __forceinline__ float2 unpack2(uint32_t packed) {
         : "r"(packed));
   }
   return pair;
+}
+
+/// Two neighbours of a row.
+template <DType kDType>
+struct PackedPair {
+  uint32_t word[element_size(kDType) / 2];
+
+  __device__ __forceinline__ PackedPair(float left, float right) {
+    if constexpr (kDType == DType::kFp32) {
+      word[0] = __float_as_uint(left);
+      word[1] = __float_as_uint(right);
+    } else {
+      word[0] = pack2<kDType>(left, right);
+    }
+  }
+};
+
+template <DType kDType>
+__device__ __forceinline__ void store_pair(uint32_t address, PackedPair<kDType> const& pair) {
+  if constexpr (kDType == DType::kFp32) {
+    store_shared_8(address, pair.word[0], pair.word[1]);
+  } else {
+    store_shared(address, pair.word[0]);
+  }
 }
 
 /// 2^x by the special function unit; 2^-inf is 0.

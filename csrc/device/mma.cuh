@@ -1,5 +1,5 @@
 // Warp-wide matrix products of 16 x 16 x 16 pieces (mma.sync m16n8k16, ldmatrix), fp32
-// accumulators.
+// accumulators. Products of fp32 operands: mma_fp32.cuh.
 //
 // Fragment of an accumulator piece (16 rows x 8 columns), lane = 4 * g + t: elements 0, 1 are row
 // g, columns 2t, 2t + 1; elements 2, 3 the same columns of row g + 8.
@@ -13,11 +13,29 @@
 
 namespace flash {
 
-/// Operand registers of one 16 x 16 piece. As B operand, registers 0, 1 feed its first eight
-/// columns and 2, 3 its last eight.
+/// The columns of an A piece, and rows of a B piece, that one mma sums over.
+template <DType kDType>
+inline constexpr int kPieceK = 32 / element_size(kDType);
+
+/// Operand registers of one piece, 16 x kPieceK or kPieceK x 16. As B operand, registers 0, 1 feed
+/// its first eight columns and 2, 3 its last eight.
 struct Piece {
   uint32_t r[4];
 };
+
+/// Makes columns 2t and 2t + 1 of fragment n of a row of accumulators part of A pieces; `half` is 1
+/// for row g + 8. Of fp32, whose mma wants columns t and t + 4, slot t takes column 2t and slot
+/// t + 4 column 2t + 1: the sum does not care, if the rows of B come in the same order.
+template <DType kDType, int kPieces>
+__device__ __forceinline__ void set_pair(Piece (&row)[kPieces], int n, int half, float left,
+                                         float right) {
+  if constexpr (kDType == DType::kFp32) {
+    row[n].r[half] = __float_as_uint(left);
+    row[n].r[2 + half] = __float_as_uint(right);
+  } else {
+    row[n / 2].r[n % 2 * 2 + half] = pack2<kDType>(left, right);
+  }
+}
 
 /// c += a b for a 16 x 16 piece a and eight columns (b0, b1) of a piece.
 template <DType kDType>
@@ -30,7 +48,7 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], Piece const& a, uint
                    c[3]);
 }
 
-/// The 16 x 16 piece at (row, col) of `reader`. Own wrapper of ldmatrix: CUTLASS's takes a generic
+/// The piece at (row, col) of `reader`. Own wrapper of ldmatrix: CUTLASS's takes a generic
 /// pointer, this one the 32-bit shared address that PieceReader makes with one XOR.
 template <class Tile, Operand kOperand>
 __device__ __forceinline__ Piece load_piece(PieceReader<Tile, kOperand> const& reader, int row,

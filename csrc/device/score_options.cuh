@@ -47,7 +47,7 @@ __device__ __forceinline__ void subtract_alibi(float (&scores)[kM][kN][4],
 }
 
 /// Products q k^T to scores in units of score_unit().
-template <int kM, int kN>
+template <DType kDType, int kM, int kN>
 __device__ __forceinline__ void apply_options(float (&scores)[kM][kN][4],
                                               PiecePlacement const& place,
                                               ScoreOptions const& options, float softmax_scale,
@@ -60,7 +60,7 @@ __device__ __forceinline__ void apply_options(float (&scores)[kM][kN][4],
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          scores[m][n][e] = tanh_approx(scores[m][n][e] * scale);
+          scores[m][n][e] = fast_tanh<kDType>(scores[m][n][e] * scale);
         }
       }
     }

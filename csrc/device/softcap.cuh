@@ -25,13 +25,18 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
-/// tanh(x), off by 2^-11 of its value: as much as scores in fp16 are, and less than in bf16. Exact
-/// to fp32's rounding (two special functions or a polynomial) it took a third of a forward kernel's
-/// time; forward and backward have to take the same.
-__device__ __forceinline__ float tanh_approx(float x) {
-  float y;
-  asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+/// tanh(x) for scores of q and k of kDType. Of 16 bits the special function unit's, off by 2^-11 of
+/// its value: as much as scores in fp16 are, and less than those in bf16. Exact to fp32's rounding
+/// it took a third of a forward kernel's time. Forward and backward have to take the same.
+template <DType kDType>
+__device__ __forceinline__ float fast_tanh(float x) {
+  if constexpr (kDType == DType::kFp32) {
+    return fmaf(-2.f, reciprocal_approx(exp2_approx(2.f * kLog2E * x) + 1.f), 1.f);
+  } else {
+    float y;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
 }
 
 /// What makes products q k^T arguments of the softcap's tanh.

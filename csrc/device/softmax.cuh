@@ -104,9 +104,9 @@ struct OnlineSoftmax {
 
   /// Sets p = exp(softmax_scale * (scores - row maximum)) as operand pieces (an accumulator
   /// fragment is the operand fragment of the next product) and adds it to the sums.
-  template <DType kDType, int kN>
-  __device__ __forceinline__ void exponentials(float const (&scores)[kM][2 * kN][4],
-                                               Piece (&p)[kM][kN], float softmax_scale_log2) {
+  template <DType kDType, int kN, int kPieces>
+  __device__ __forceinline__ void exponentials(float const (&scores)[kM][kN][4],
+                                               Piece (&p)[kM][kPieces], float softmax_scale_log2) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -114,12 +114,12 @@ struct OnlineSoftmax {
         float const shift = finite_or_zero(row_max[m][half]) * softmax_scale_log2;
         float sum = row_sum[m][half];
 #pragma unroll
-        for (int n = 0; n < 2 * kN; ++n) {
+        for (int n = 0; n < kN; ++n) {
           float const left = exp2_approx(fmaf(scores[m][n][2 * half], softmax_scale_log2, -shift));
           float const right =
               exp2_approx(fmaf(scores[m][n][2 * half + 1], softmax_scale_log2, -shift));
           sum += left + right;
-          p[m][n / 2].r[n % 2 * 2 + half] = pack2<kDType>(left, right);
+          set_pair<kDType>(p[m], n, half, left, right);
         }
         row_sum[m][half] = sum;
       }

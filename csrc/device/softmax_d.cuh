@@ -40,6 +40,24 @@ struct RowStatistics {
   float softmax_d;  // rowsum(dout * out) - dlse
 };
 
+/// `sum` plus the products of the elements of two 16-byte chunks.
+template <DType kDType>
+__device__ __forceinline__ float add_products(float sum, uint4 const& a, uint4 const& b) {
+  auto const add = [&](uint32_t x, uint32_t y) {
+    if constexpr (kDType == DType::kFp32) {
+      sum = fmaf(__uint_as_float(x), __uint_as_float(y), sum);
+    } else {
+      float2 const left = unpack2<kDType>(x), right = unpack2<kDType>(y);
+      sum = fmaf(left.x, right.x, fmaf(left.y, right.y, sum));
+    }
+  };
+  add(a.x, b.x);
+  add(a.y, b.y);
+  add(a.z, b.z);
+  add(a.w, b.w);
+  return sum;
+}
+
 /// Of `row` of a sequence, by the eight neighbouring lanes that share it, each of which gets them.
 template <DType kDType>
 __device__ __forceinline__ RowStatistics row_statistics(BackwardParams const& params,
@@ -49,20 +67,14 @@ __device__ __forceinline__ RowStatistics row_statistics(BackwardParams const& pa
   RowStatistics result{kInfinity, 0.f};
   if (row >= 0 && row < sequence.seqlen_q) {
     GlobalRows const out(params.out, sequence.entry_q, head, sequence.first_q, sequence.seqlen_q,
-                         shape.head_dim_v);
+                         shape.head_dim_v, element_size(kDType));
     GlobalRows const dout(params.dout, sequence.entry_q, head, sequence.first_q, sequence.seqlen_q,
-                          shape.head_dim_v);
-    for (int col = threadIdx.x % 8 * 8; col < shape.head_dim_v; col += 64) {
-      uint4 const a = *reinterpret_cast<uint4 const*>(out.ptr + row * out.row_bytes + col * 2);
-      uint4 const b = *reinterpret_cast<uint4 const*>(dout.ptr + row * dout.row_bytes + col * 2);
-      auto add_pair = [&](uint32_t x, uint32_t y) {
-        float2 const o = unpack2<kDType>(x), d = unpack2<kDType>(y);
-        result.softmax_d = fmaf(o.x, d.x, fmaf(o.y, d.y, result.softmax_d));
-      };
-      add_pair(a.x, b.x);
-      add_pair(a.y, b.y);
-      add_pair(a.z, b.z);
-      add_pair(a.w, b.w);
+                          shape.head_dim_v, element_size(kDType));
+    int const row_bytes = shape.head_dim_v * element_size(kDType);
+    for (int byte = threadIdx.x % 8 * 16; byte < row_bytes; byte += 8 * 16) {
+      uint4 const a = *reinterpret_cast<uint4 const*>(out.ptr + row * out.row_bytes + byte);
+      uint4 const b = *reinterpret_cast<uint4 const*>(dout.ptr + row * dout.row_bytes + byte);
+      result.softmax_d = add_products<kDType>(result.softmax_d, a, b);
     }
     int64_t const idx = (int64_t(sequence.entry_q) * shape.num_heads + head) * shape.seqlen_q +
                         sequence.first_q + row;

@@ -113,12 +113,15 @@ __device__ void clear_rows(PackedProblem const& problem, int block_idx) {
       continue;
     }
     int const rows = padded.of_keys ? problem.shape.seqlen_k : problem.shape.seqlen_q;
-    int const chunks = padded.num_cols / 8;
+    int const element_bytes = element_size(problem.dtype), chunk_cols = 16 / element_bytes;
+    int const chunks = padded.num_cols / chunk_cols;
     for_each_padding_row(cu_seqlens, batch_size, rows, warp, num_warps, [&](int row) {
       for (int chunk = lane_idx; chunk < padded.num_heads * chunks; chunk += 32) {
         int64_t const offset = row * padded.tensor.row_stride +
-                               chunk / chunks * padded.tensor.head_stride + chunk % chunks * 8;
-        *reinterpret_cast<uint4*>(static_cast<uint16_t*>(padded.tensor.ptr) + offset) = {};
+                               chunk / chunks * padded.tensor.head_stride +
+                               chunk % chunks * chunk_cols;
+        *reinterpret_cast<uint4*>(static_cast<char*>(padded.tensor.ptr) +
+                                  offset * element_bytes) = {};
       }
     });
   }

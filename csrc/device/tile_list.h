@@ -28,7 +28,7 @@ struct Tiling {
   bool descending;      // the last tile of a sequence first
 };
 
-/// Rows of a packed tensor of 16-bit elements that belong to no sequence get zeros.
+/// Rows of a packed tensor that belong to no sequence get zeros.
 struct PaddedTensor {
   Strided tensor;
   int num_heads;
@@ -38,6 +38,7 @@ struct PaddedTensor {
 
 /// What list_tiles() is given besides the tiling.
 struct PackedProblem {
+  DType dtype;  // of the padded tensors
   Shape shape;
   Sequences sequences;
   Mask mask;
@@ -56,18 +57,20 @@ inline std::size_t tile_list_bytes(int64_t num_tiles) {
   return std::size_t(num_tiles + 1) * sizeof(ListedTile);
 }
 
-inline PackedProblem packed_problem(ForwardParams const& params) {
+inline PackedProblem packed_problem(ForwardParams const& params, DType dtype) {
   Shape const& shape = params.shape;
-  return {.shape = shape,
+  return {.dtype = dtype,
+          .shape = shape,
           .sequences = params.sequences,
           .mask = params.mask,
           .padded = {{params.out, shape.num_heads, shape.head_dim_v, false}},
           .num_padded = 1,
           .softmax_lse = params.softmax_lse};
 }
-inline PackedProblem packed_problem(BackwardParams const& params) {
+inline PackedProblem packed_problem(BackwardParams const& params, DType dtype) {
   Shape const& shape = params.shape;
-  return {.shape = shape,
+  return {.dtype = dtype,
+          .shape = shape,
           .sequences = params.sequences,
           .mask = params.mask,
           .padded = {{params.dq, shape.num_heads, shape.head_dim, false},

@@ -31,17 +31,19 @@ __device__ __forceinline__ float softcap_derivative(float tanh) {
   return fmaf(-bounded, bounded, 1.f);
 }
 
-/// Multiplies by the derivative of the scores, which is 1 without a softcap.
+/// Multiplies by the derivative of the scores, which is 1 without a softcap. The slope is read
+/// anew: a register less is held.
 template <int kM, int kN>
 __device__ __forceinline__ void multiply_by_derivative(float (&dp)[kM][kN][4],
                                                        float const (&scores)[kM][kN][4],
                                                        PiecePlacement const& place,
-                                                       BackwardParams const& params, float slope,
-                                                       Sequence const& sequence) {
+                                                       BackwardParams const& params,
+                                                       ScoreHead const& of) {
   if (params.scores.softcap == 0.f) {
     return;
   }
-  AlibiLane const alibi(place, slope, params.scores.softcap, sequence);
+  float const slope = alibi_slope(params.scores, fresh(of.batch), fresh(of.head));
+  AlibiLane const alibi(place, slope, params.scores.softcap, of.sequence);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -54,7 +56,7 @@ __device__ __forceinline__ void multiply_by_derivative(float (&dp)[kM][kN][4],
   }
 }
 
-/// The same of scores with a bias. The slope is read anew: a register less is held.
+/// The same of scores with a bias.
 template <DType kDType, int kM, int kN>
 __device__ __forceinline__ void multiply_by_biased_derivative(float (&dp)[kM][kN][4],
                                                               float const (&scores)[kM][kN][4],

@@ -15,14 +15,12 @@
 // deadlock. Design note: docs/sm80.md.
 #pragma once
 
-#include "arith/block_range.h"
 #include "config/backward_config.h"
 #include "config/smem_limit.h"
-#include "device/copy.cuh"
-#include "device/mma.cuh"
-#include "device/tile_source.h"
+#include "device/mma_fp32.cuh"
 #include "sm80/backward_extras.cuh"
 #include "sm80/backward_workspace.cuh"
+#include "sm80/key_tile.cuh"
 
 namespace flash::sm80 {
 
@@ -44,12 +42,18 @@ struct BackwardTraits {
   // registers, that of 168 registers with extras 20, that of head dim 128 with it in shared memory.
   static constexpr bool kTileInShared =
       kConfig.num_warps > 4 || (kConfig.extras && kConfig.blocks_per_sm > 2);
-  using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;        // Q and dO
-  using TileK = SmemTile<kConfig.tile_n, kHeadDim>;        // K and V
-  using TileS = SmemTile<kConfig.tile_m, kConfig.tile_n>;  // P and dS
+  static constexpr int kElementBytes = element_size(kDType);
+  static constexpr int kPieceK = flash::kPieceK<kDType>;
+  using TileQ = SmemTile<kConfig.tile_m, kHeadDim, kElementBytes>;        // Q and dO
+  using TileK = SmemTile<kConfig.tile_n, kHeadDim, kElementBytes>;        // K and V
+  using TileS = SmemTile<kConfig.tile_m, kConfig.tile_n, kElementBytes>;  // P and dS
 
   // Warps over the pieces of S (and dP), of dK (and dV), and of dQ.
-  static constexpr int kWarpsMS = kConfig.warps_m_s, kWarpsNS = kConfig.num_warps / kWarpsMS;
+  // More warps than S has pieces compute the same ones, and store the same values.
+  static constexpr int kWarpsMS = kConfig.warps_m_s;
+  static constexpr int kWarpsNS = imin(kConfig.num_warps / kWarpsMS, kConfig.tile_n / 16);
+  static constexpr int kWarpsS = kWarpsMS * kWarpsNS;
+  static constexpr bool kSharesS = kWarpsS < kConfig.num_warps;
   static constexpr int kWarpsNDkv = kConfig.warps_n_dkv;
   static constexpr int kWarpsDDkv = kConfig.num_warps / kWarpsNDkv;
   static constexpr int kWarpsMDq = kConfig.warps_m_dq;
@@ -75,70 +79,6 @@ struct BackwardTraits {
                 "table and kernel agree");
 };
 
-/// One visit of the walk: query tile m_block of query head `head`.
-struct QueryVisit {
-  int head;
-  int m_block;
-};
-
-/// The tile's place in the problem.
-struct KeyTile {
-  int n_block;  // negative: there is none
-  int batch;
-  int head_k;
-  Sequence sequence;
-  int first_row;        // of the sequence in the rows of softmax_d
-  BlockRange m_blocks;  // query tiles that see some key
-  BlockRange full;      // query tiles without need of the element mask
-
-  /// Query tiles of all query heads that read head_k.
-  __device__ __forceinline__ int num_visits(Shape const& shape) const {
-    return (m_blocks.max - m_blocks.min) * shape.query_heads_per_key_head();
-  }
-  /// Visits go from the last query tile to the first, last head first.
-  __device__ __forceinline__ QueryVisit first_visit(Shape const& shape) const {
-    return {(head_k + 1) * shape.query_heads_per_key_head() - 1, m_blocks.max - 1};
-  }
-  __device__ __forceinline__ QueryVisit after(QueryVisit const& visit) const {
-    bool const same_head = visit.m_block > m_blocks.min;
-    return {same_head ? visit.head : visit.head - 1,
-            same_head ? visit.m_block - 1 : m_blocks.max - 1};
-  }
-};
-
-template <class Traits>
-__device__ __forceinline__ TileGrid tile_grid(BackwardParams const& params,
-                                              Sequence const& sequence) {
-  return {Traits::kConfig.tile_m, Traits::kConfig.tile_n, sequence.seqlen_q, sequence.seqlen_k,
-          params.mask};
-}
-
-template <class Traits>
-__device__ __forceinline__ KeyTile key_tile(BackwardParams const& params, TileSource const& source,
-                                            int tile_idx) {
-  Shape const& shape = params.shape;
-  Tile const tile = source.tile(tile_idx);
-  int const batch = tile.batch_head / shape.num_heads_k;
-  Sequence const sequence = sequence_of(params, batch);
-  TileGrid const grid = tile_grid<Traits>(params, sequence);
-  // Keys past the end have to be masked in every visit: exp(0 - lse) may be infinite.
-  bool const ragged = (tile.block + 1) * Traits::kConfig.tile_n > sequence.seqlen_k;
-  return {tile.block,
-          batch,
-          tile.batch_head % shape.num_heads_k,
-          sequence,
-          first_softmax_d_row(sequence, params.sequences, batch),
-          m_block_range(grid, tile.block),
-          ragged ? BlockRange{0, 0} : full_m_block_range(grid, tile.block)};
-}
-
-/// The tile's rows of k, v or a gradient of theirs.
-__device__ __forceinline__ GlobalRows key_rows(Strided const& tensor, KeyTile const& tile,
-                                               int cols) {
-  Sequence const& sequence = tile.sequence;
-  return {tensor, sequence.entry_k, tile.head_k, sequence.first_k, sequence.seqlen_k, cols};
-}
-
 /// Starts the copies of one visit's Q and dO into stage `stage`.
 template <class Traits>
 __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_t smem,
@@ -150,7 +90,7 @@ __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_
   uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
   auto const rows = [&](Strided const& tensor, int cols) {
     return GlobalRows(tensor, sequence.entry_q, visit.head, sequence.first_q, sequence.seqlen_q,
-                      cols);
+                      cols, Traits::kElementBytes);
   };
   Copy::load(smem + Traits::kSmemQ + stage_bytes, rows(params.q, shape.head_dim), first_row,
              fresh_thread_idx());
@@ -159,12 +99,14 @@ __device__ __forceinline__ void load_visit(BackwardParams const& params, uint32_
   cp_async_commit();
 }
 
-/// From scores and dP - softmax_d to P and dS, which go to shared memory as 16-bit tiles. `kept` is
-/// KeptElements, or null without dropout.
+/// From scores and dP - softmax_d to P and dS, which go to shared memory as tiles of the inputs'
+/// type. `kept` is KeptElements, or null without dropout.
 template <class Traits, int kM, int kN, class Kept>
-__device__ __forceinline__ void store_gradients(
-    float const (&scores)[kM][kN][4], float const (&dp)[kM][kN][4], float const (&lse_log2)[kM][2],
-    float scale_log2, FragmentWriter<typename Traits::TileS> const& writer, Kept const& kept) {
+__device__ __forceinline__ void store_gradients(float const (&scores)[kM][kN][4],
+                                                float const (&dp)[kM][kN][4],
+                                                float const (&lse_log2)[kM][2], float scale_log2,
+                                                ScoreWriter<typename Traits::TileS> const& writer,
+                                                Kept const& kept) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -177,14 +119,14 @@ __device__ __forceinline__ void store_gradients(
           p[e] = exp2_approx(fmaf(scores[m][n][2 * half + e], scale_log2, -lse_log2[m][half]));
           ds[e] = p[e] * dp[m][n][2 * half + e];
         }
-        uint32_t packed_p = pack2<Traits::kDType>(p[0], p[1]);
+        PackedPair<Traits::kDType> packed_p(p[0], p[1]);
         if constexpr (!std::is_null_pointer_v<Kept>) {
-          packed_p &= kept.pair_mask(m, n, half);
+          kept.drop(packed_p, m, n, half);
         }
         uint32_t const address = writer.at(m * 16 * Traits::kWarpsMS + half * 8,
                                            n / 2 * 16 * Traits::kWarpsNS + n % 2 * 8);
-        store_shared(address + Traits::kSmemP, packed_p);
-        store_shared(address + Traits::kSmemDS, pack2<Traits::kDType>(ds[0], ds[1]));
+        store_score_pair(address + Traits::kSmemP, packed_p);
+        store_score_pair(address + Traits::kSmemDS, PackedPair<Traits::kDType>(ds[0], ds[1]));
       }
     }
   }
@@ -200,8 +142,8 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   using ReadRows = PieceReader<typename Traits::TileQ, Operand::kA>;
   using ReadKeys = PieceReader<typename Traits::TileK, Operand::kBTransposed>;
   int const thread_idx = fresh_thread_idx();
-  int const warp_m = thread_idx / 32 % Traits::kWarpsMS;
-  int const warp_n = thread_idx / 32 / Traits::kWarpsMS;
+  int const warp = Traits::kSharesS ? thread_idx / 32 % Traits::kWarpsS : thread_idx / 32;
+  int const warp_m = warp % Traits::kWarpsMS, warp_n = warp / Traits::kWarpsMS;
   int const first_row = visit.m_block * kConfig.tile_m + 16 * warp_m;
 
   RowStats const* const lane_stats = row_stats + first_row + thread_idx % 32 / 4;
@@ -221,9 +163,10 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   auto add_product = [&](auto& acc, uint32_t rows_address, uint32_t keys_address) {
     ReadRows const read_rows(rows_address, 16 * warp_m, 0, thread_idx);
     ReadKeys const read_keys(keys_address, 16 * warp_n, 0, thread_idx);
-    warp_gemm<Traits::kDType, Traits::kHeadDim / 16>(
-        acc, [&](int m, int k) { return load_piece(read_rows, m * kRowStep, 16 * k); },
-        [&](int n, int k) { return load_piece(read_keys, n * kColStep, 16 * k); });
+    warp_product<Traits::kDType, Traits::kHeadDim>(
+        acc, [&](int m, int k) { return load_piece(read_rows, m * kRowStep, Traits::kPieceK * k); },
+        [&](int n, int k) { return load_piece(read_keys, n * kColStep, Traits::kPieceK * k); },
+        params.allow_tf32);
   };
   clear(acc_s);
   add_product(acc_s, smem + Traits::kSmemQ + stage_bytes, smem + Traits::kSmemK);
@@ -238,16 +181,18 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   ScoreHead const of{tile.batch, visit.head, tile.sequence};
   PiecePlacement const place{first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n,
                              kColStep};
-  float const slope = kConfig.extras ? alibi_slope(params.scores, tile.batch, visit.head) : 0.f;
+  float const slope =
+      kConfig.extras ? alibi_slope(params.scores, fresh(tile.batch), fresh(visit.head)) : 0.f;
   if constexpr (kConfig.extras) {
-    apply_options(acc_s, place, params.scores, params.softmax_scale, slope, of.sequence);
+    apply_options<Traits::kDType>(acc_s, place, params.scores, params.softmax_scale, slope,
+                                  of.sequence);
     add_bias<Traits::kDType>(acc_s, place, params, of);
   }
   if (visit.m_block < tile.full.min || visit.m_block >= tile.full.max) {
     apply_mask(acc_s, place, params.mask, of.sequence.seqlen_q, of.sequence.seqlen_k);
   }
   float scale_log2 = params.softmax_scale * kLog2E;
-  FragmentWriter<typename Traits::TileS> const writer(smem, 16 * warp_m, 16 * warp_n, thread_idx);
+  ScoreWriter<typename Traits::TileS> const writer(smem, 16 * warp_m, 16 * warp_n, thread_idx);
   if constexpr (kConfig.extras) {
     scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
     auto const kept_elements = [&] {
@@ -267,11 +212,11 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
     } else if (has_dropout) {
       auto const kept = kept_elements();
       drop_dp(acc_dp, kept, params.dropout.scale, minus_d);
-      multiply_by_derivative(acc_dp, acc_s, place, params, slope, of.sequence);
+      multiply_by_derivative(acc_dp, acc_s, place, params, of);
       store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, kept);
       return;
     } else {
-      multiply_by_derivative(acc_dp, acc_s, place, params, slope, of.sequence);
+      multiply_by_derivative(acc_dp, acc_s, place, params, of);
     }
   }
   store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, nullptr);
@@ -280,7 +225,7 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
 /// acc += tile_s^T rows: dV with (P, dO), dK with (dS, Q).
 template <class Traits>
 __device__ __forceinline__ void accumulate_keys(float (&acc)[Traits::kNDkv][2 * Traits::kDDkv][4],
-                                                uint32_t tile_s, uint32_t rows) {
+                                                uint32_t tile_s, uint32_t rows, bool allow_tf32) {
   int const thread_idx = fresh_thread_idx();
   int const warp_n = thread_idx / 32 % Traits::kWarpsNDkv;
   int const warp_d = thread_idx / 32 / Traits::kWarpsNDkv;
@@ -288,14 +233,17 @@ __device__ __forceinline__ void accumulate_keys(float (&acc)[Traits::kNDkv][2 * 
                                                                           thread_idx);
   PieceReader<typename Traits::TileQ, Operand::kB> const read_rows(rows, 0, 16 * warp_d,
                                                                    thread_idx);
-  warp_gemm<Traits::kDType, Traits::kConfig.tile_m / 16>(
-      acc, [&](int n, int k) { return load_piece(read_s, 16 * k, 16 * Traits::kWarpsNDkv * n); },
-      [&](int d, int k) { return load_piece(read_rows, 16 * k, 16 * Traits::kWarpsDDkv * d); });
+  constexpr int kStep = Traits::kPieceK;
+  warp_product<Traits::kDType, Traits::kConfig.tile_m>(
+      acc, [&](int n, int k) { return load_piece(read_s, kStep * k, 16 * Traits::kWarpsNDkv * n); },
+      [&](int d, int k) { return load_piece(read_rows, kStep * k, 16 * Traits::kWarpsDDkv * d); },
+      allow_tf32);
 }
 
 /// dQ = dS K, added to the sums of the visit's query tile.
 template <class Traits>
-__device__ __forceinline__ void add_dq(DqSums const& sums, uint32_t smem, int m_block) {
+__device__ __forceinline__ void add_dq(DqSums const& sums, uint32_t smem, int m_block,
+                                       bool allow_tf32) {
   int const thread_idx = fresh_thread_idx();
   int const warp_m = thread_idx / 32 % Traits::kWarpsMDq,
             warp_d = thread_idx / 32 / Traits::kWarpsMDq;
@@ -305,9 +253,12 @@ __device__ __forceinline__ void add_dq(DqSums const& sums, uint32_t smem, int m_
                                                                 16 * warp_d, thread_idx);
   float acc_dq[Traits::kMDq][2 * Traits::kDDq][4];
   clear(acc_dq);
-  warp_gemm<Traits::kDType, Traits::kConfig.tile_n / 16>(
-      acc_dq, [&](int m, int k) { return load_piece(read_s, 16 * Traits::kWarpsMDq * m, 16 * k); },
-      [&](int d, int k) { return load_piece(read_k, 16 * k, 16 * Traits::kWarpsDDq * d); });
+  constexpr int kStep = Traits::kPieceK;
+  warp_product<Traits::kDType, Traits::kConfig.tile_n>(
+      acc_dq,
+      [&](int m, int k) { return load_piece(read_s, 16 * Traits::kWarpsMDq * m, kStep * k); },
+      [&](int d, int k) { return load_piece(read_k, kStep * k, 16 * Traits::kWarpsDDq * d); },
+      allow_tf32);
   // One address and constant offsets: 64-bit address arithmetic per piece would cost more than the
   // reductions themselves.
   float* const first = sums.piece(m_block * (Traits::kConfig.tile_m / 16) + warp_m, 2 * warp_d);
@@ -338,10 +289,11 @@ __device__ __forceinline__ void store_keys(float const (&acc)[Traits::kNDkv][2 *
     for (int d = 0; d < 2 * Traits::kDDkv; ++d) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        store_shared(
-            writer.at(16 * Traits::kWarpsNDkv * n + half * 8,
-                      16 * Traits::kWarpsDDkv * (d / 2) + d % 2 * 8),
-            pack2<Traits::kDType>(acc[n][d][2 * half] * scale, acc[n][d][2 * half + 1] * scale));
+        PackedPair<Traits::kDType> const pair(acc[n][d][2 * half] * scale,
+                                              acc[n][d][2 * half + 1] * scale);
+        store_pair(writer.at(16 * Traits::kWarpsNDkv * n + half * 8,
+                             16 * Traits::kWarpsDDkv * (d / 2) + d % 2 * 8),
+                   pair);
       }
     }
   }
@@ -380,10 +332,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   int visits_left = tile.num_visits(shape);
   QueryVisit next_visit = tile.first_visit(shape);
 
-  CopyK::load(smem + Traits::kSmemK, key_rows(params.k, tile, shape.head_dim), first_key(),
+  CopyK::load(smem + Traits::kSmemK, key_rows<Traits>(params.k, tile, shape.head_dim), first_key(),
               threadIdx.x);
-  CopyK::load(smem + Traits::kSmemV, key_rows(params.v, tile, shape.head_dim_v), first_key(),
-              threadIdx.x);
+  CopyK::load(smem + Traits::kSmemV, key_rows<Traits>(params.v, tile, shape.head_dim_v),
+              first_key(), threadIdx.x);
   cp_async_commit();
   if (visits_left > 0) {
     load_visit<Traits>(params, smem, tile.sequence, next_visit, visits_left % Traits::kStages);
@@ -416,11 +368,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDv) {
       copy_next_visit();
     }
-    accumulate_keys<Traits>(acc_dv, smem + Traits::kSmemP, smem + Traits::kSmemDO + stage_bytes);
+    accumulate_keys<Traits>(acc_dv, smem + Traits::kSmemP, smem + Traits::kSmemDO + stage_bytes,
+                            params.allow_tf32);
     if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDk) {
       copy_next_visit();
     }
-    accumulate_keys<Traits>(acc_dk, smem + Traits::kSmemDS, smem + Traits::kSmemQ + stage_bytes);
+    accumulate_keys<Traits>(acc_dk, smem + Traits::kSmemDS, smem + Traits::kSmemQ + stage_bytes,
+                            params.allow_tf32);
     if constexpr (Traits::kCopyPoint == CopyPoint::kBeforeDq) {
       __syncthreads();  // every warp is done with Q and dO
       copy_next_visit();
@@ -431,7 +385,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       TileGrid const grid = tile_grid<Traits>(params, tile.sequence);
       wait_turn(turn, tile.n_block - n_block_range(grid, visit.m_block).min);
     }
-    add_dq<Traits>(sums, smem, visit.m_block);
+    add_dq<Traits>(sums, smem, visit.m_block, params.allow_tf32);
     if (params.deterministic) {
       pass_turn(turn);
     }
@@ -442,9 +396,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   KeyTile const done =
       Traits::kTileInShared ? shared_tile : key_tile<Traits>(params, source, tile_idx);
   store_keys<Traits>(acc_dk, params.softmax_scale, smem + Traits::kSmemK,
-                     key_rows(params.dk, done, shape.head_dim), done.n_block * kConfig.tile_n);
+                     key_rows<Traits>(params.dk, done, shape.head_dim),
+                     done.n_block * kConfig.tile_n);
   store_keys<Traits>(acc_dv, kConfig.extras ? params.dropout.scale : 1.f, smem + Traits::kSmemV,
-                     key_rows(params.dv, done, shape.head_dim_v), done.n_block * kConfig.tile_n);
+                     key_rows<Traits>(params.dv, done, shape.head_dim_v),
+                     done.n_block * kConfig.tile_n);
 }
 
 }  // namespace flash::sm80

@@ -30,7 +30,7 @@ inline LaunchedTiles backward_tiles(BackwardConfig const& config, BackwardParams
   TileOrder const order = backward_order(config, params, device);
   if (params.sequences.cu_seqlens_k == nullptr) {
     if (params.sequences.cu_seqlens_q != nullptr) {
-      clear_padding(packed_problem(params), stream);
+      clear_padding(packed_problem(params, config.dtype), stream);
     }
     return {{order, {}}, int64_t(order.num_blocks) * order.num_batch_heads};
   }
@@ -38,7 +38,7 @@ inline LaunchedTiles backward_tiles(BackwardConfig const& config, BackwardParams
                       .tile_rows = config.tile_n,
                       .other_tile_rows = config.tile_m,
                       .descending = false};
-  return {{order, list_tiles(packed_problem(params), {tiling, list_memory}, stream)},
+  return {{order, list_tiles(packed_problem(params, config.dtype), {tiling, list_memory}, stream)},
           max_key_tiles(config, params) * params.shape.num_heads_k};
 }
 
@@ -65,9 +65,10 @@ void launch_backward(BackwardParams const& params, Device const& device, Stream 
                                                   workspace);
 }
 
-template <int kHeadDim>
-bool BackwardUnit<kHeadDim>::launch(BackwardConfig const& config, BackwardParams const& params,
-                                    Device const& device, Stream stream) {
+template <int kHeadDim, int kElementBytes>
+bool BackwardUnit<kHeadDim, kElementBytes>::launch(BackwardConfig const& config,
+                                                   BackwardParams const& params,
+                                                   Device const& device, Stream stream) {
   auto try_row = [&]<BackwardConfig kRow>() {
     if (!(config == kRow)) {
       return false;
@@ -75,8 +76,12 @@ bool BackwardUnit<kHeadDim>::launch(BackwardConfig const& config, BackwardParams
     launch_backward<kRow>(params, device, stream);
     return true;
   };
-  return any_compiled_row<kBackwardRows<DType::kBf16>, kHeadDim>(try_row) ||
-         any_compiled_row<kBackwardRows<DType::kFp16>, kHeadDim>(try_row);
+  if constexpr (kElementBytes == 4) {
+    return any_compiled_row<kBackwardRows<DType::kFp32>, kHeadDim>(try_row);
+  } else {
+    return any_compiled_row<kBackwardRows<DType::kBf16>, kHeadDim>(try_row) ||
+           any_compiled_row<kBackwardRows<DType::kFp16>, kHeadDim>(try_row);
+  }
 }
 
 }  // namespace flash::sm80

@@ -37,6 +37,20 @@ __global__ void __launch_bounds__(kSideThreads)
   }
 }
 
+/// Eight neighbours of a row, rounded to the type.
+template <DType kDType>
+__device__ __forceinline__ void store_eight(char* target, float const (&values)[8]) {
+  if constexpr (kDType == DType::kFp32) {
+    auto* const chunks = reinterpret_cast<float4*>(target);
+    chunks[0] = {values[0], values[1], values[2], values[3]};
+    chunks[1] = {values[4], values[5], values[6], values[7]};
+  } else {
+    *reinterpret_cast<uint4*>(target) = {
+        pack2<kDType>(values[0], values[1]), pack2<kDType>(values[2], values[3]),
+        pack2<kDType>(values[4], values[5]), pack2<kDType>(values[6], values[7])};
+  }
+}
+
 /// dq = softmax_scale * sums, from accumulator fragments to rows. One thread block per 16 rows of
 /// one head; a thread takes the eight columns of one piece in the rows g and g + 8, which the four
 /// lanes 4 g ... 4 g + 3 hold.
@@ -51,28 +65,23 @@ __global__ void __launch_bounds__(kSideThreads)
     return;
   }
   GlobalRows const dq(params.dq, sequence.entry_q, block.head, sequence.first_q, sequence.seqlen_q,
-                      shape.head_dim);
+                      shape.head_dim, element_size(kDType));
   DqSums const sums = workspace.dq_sums(int64_t(blockIdx.x) * kRowsPerBlock);
   int const num_pieces = shape.head_dim / 8;
   for (int idx = threadIdx.x; idx < num_pieces * 8; idx += kSideThreads) {
     int const d = idx % num_pieces, g = idx / num_pieces;
     float quad[4][4];
     DqSums::load_quad(sums.piece(0, d), g, quad);
-    uint32_t pairs[2][4];
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        pairs[half][t] = pack2<kDType>(quad[t][2 * half] * params.softmax_scale,
-                                       quad[t][2 * half + 1] * params.softmax_scale);
-      }
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      float values[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        values[i] = quad[i / 2][2 * half + i % 2] * params.softmax_scale;
+      }
       int const row = block.row + half * 8 + g;
       if (row < sequence.seqlen_q) {
-        *reinterpret_cast<uint4*>(dq.ptr + row * dq.row_bytes + d * 16) = {
-            pairs[half][0], pairs[half][1], pairs[half][2], pairs[half][3]};
+        store_eight<kDType>(dq.ptr + row * dq.row_bytes + d * 8 * element_size(kDType), values);
       }
     }
   }

@@ -14,7 +14,7 @@
 #include "device/copy.cuh"
 #include "device/dropout.cuh"
 #include "device/max_logit.cuh"
-#include "device/mma.cuh"
+#include "device/mma_fp32.cuh"
 #include "device/score_options.cuh"
 #include "device/tile_source.h"
 
@@ -25,11 +25,14 @@ struct ForwardTraits {
   static constexpr ForwardConfig kConfig = kConfig_;
   static constexpr int kHeadDim = kConfig.head_dim;
   static constexpr int kThreads = kConfig.num_threads();
-  using TileQ = SmemTile<kConfig.tile_m, kHeadDim>;
-  using TileK = SmemTile<kConfig.tile_n, kHeadDim>;
+  static constexpr int kElementBytes = element_size(kConfig.dtype);
+  using TileQ = SmemTile<kConfig.tile_m, kHeadDim, kElementBytes>;
+  using TileK = SmemTile<kConfig.tile_n, kHeadDim, kElementBytes>;
   static constexpr int kPiecesM = kConfig.tile_m / 16 / kConfig.num_warps;
   static constexpr int kPiecesN = kConfig.tile_n / 16;
   static constexpr int kPiecesD = kHeadDim / 16;
+  static constexpr int kPieceK = flash::kPieceK<kConfig.dtype>;
+  static constexpr int kPiecesP = kConfig.tile_n / kPieceK;  // of P as operand
   static constexpr uint32_t kSmemK = TileQ::kBytes;
   static constexpr uint32_t kSmemV = kSmemK + TileK::kBytes;
   static_assert(kSmemV + TileK::kBytes == uint32_t(kConfig.smem_bytes()), "table and kernel agree");
@@ -49,26 +52,27 @@ struct ForwardWarp {
   __device__ __forceinline__ ForwardWarp(uint32_t smem) : smem(smem) { clear(acc_o); }
 
   /// S = Q K^T.
-  __device__ __forceinline__ void scores(
-      float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4]) {
+  __device__ __forceinline__ void scores(float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4],
+                                         bool allow_tf32) {
     int const thread_idx = fresh_thread_idx();
     PieceReader<typename Traits::TileQ, Operand::kA> const read_q(smem, 16 * (thread_idx / 32), 0,
                                                                   thread_idx);
     PieceReader<typename Traits::TileK, Operand::kBTransposed> const read_k(smem + Traits::kSmemK,
                                                                             0, 0, thread_idx);
     clear(acc_s);
-    warp_gemm<kDType, Traits::kPiecesD>(
-        acc_s, [&](int m, int k) { return load_piece(read_q, m * kRowStep, 16 * k); },
-        [&](int n, int k) { return load_piece(read_k, 16 * n, 16 * k); });
+    warp_product<kDType, Traits::kHeadDim>(
+        acc_s, [&](int m, int k) { return load_piece(read_q, m * kRowStep, Traits::kPieceK * k); },
+        [&](int n, int k) { return load_piece(read_k, 16 * n, Traits::kPieceK * k); }, allow_tf32);
   }
 
   /// O += P V.
-  __device__ __forceinline__ void accumulate(Piece const (&p)[Traits::kPiecesM][Traits::kPiecesN]) {
+  __device__ __forceinline__ void accumulate(Piece const (&p)[Traits::kPiecesM][Traits::kPiecesP],
+                                             bool allow_tf32) {
     PieceReader<typename Traits::TileK, Operand::kB> const read_v(smem + Traits::kSmemV, 0, 0,
                                                                   fresh_thread_idx());
-    warp_gemm<kDType, Traits::kPiecesN>(
+    warp_product<kDType, Traits::kConfig.tile_n, 1>(
         acc_o, [&](int m, int k) { return p[m][k]; },
-        [&](int n, int k) { return load_piece(read_v, 16 * k, 16 * n); });
+        [&](int n, int k) { return load_piece(read_v, Traits::kPieceK * k, 16 * n); }, allow_tf32);
   }
 };
 
@@ -96,7 +100,7 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
   Sequence const& sequence = tile.sequence;
   int const first_row = tile.block * Traits::kConfig.tile_m;
   GlobalRows const out(params.out, sequence.entry_q, tile.head, sequence.first_q, sequence.seqlen_q,
-                       shape.head_dim_v);
+                       shape.head_dim_v, Traits::kElementBytes);
   float* const softmax_lse =
       params.softmax_lse +
       (int64_t(sequence.entry_q) * shape.num_heads + tile.head) * shape.seqlen_q + sequence.first_q;
@@ -122,9 +126,9 @@ __device__ __forceinline__ void store_tile(ForwardWarp<Traits> const& warp,
       }
 #pragma unroll
       for (int d = 0; d < 2 * Traits::kPiecesD; ++d) {
-        uint32_t const pair = pack2<Traits::kConfig.dtype>(warp.acc_o[m][d][2 * half] * scale,
-                                                           warp.acc_o[m][d][2 * half + 1] * scale);
-        store_shared(writer.at(m * kRowStep + half * 8, 8 * d), pair);
+        PackedPair<Traits::kConfig.dtype> const pair(warp.acc_o[m][d][2 * half] * scale,
+                                                     warp.acc_o[m][d][2 * half + 1] * scale);
+        store_pair(writer.at(m * kRowStep + half * 8, 8 * d), pair);
       }
     }
   }
@@ -163,7 +167,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   BlockRange const full = full_n_block_range(grid, tile.block);
   auto const copy_tile = [&](Strided const& tensor, int cols, uint32_t smem_tile, int n_block) {
     GlobalRows const rows(tensor, fresh(sequence.entry_k), fresh(head_k), fresh(sequence.first_k),
-                          sequence.seqlen_k, cols);
+                          sequence.seqlen_k, cols, Traits::kElementBytes);
     CopyK::load(smem + smem_tile, rows, n_block * kConfig.tile_n, fresh_thread_idx());
     cp_async_commit();
   };
@@ -175,13 +179,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     }
   };
 
-  float const slope =
-      kConfig.extras ? uniform(alibi_slope(params.scores, tile.batch, tile.head)) : 0.f;
   DropoutKey const dropout_key(kConfig.extras ? params.dropout : Dropout{});
   ForwardWarp<Traits> warp(smem);
   if (visible.max > visible.min) {
     GlobalRows const q(params.q, sequence.entry_q, tile.head, sequence.first_q, sequence.seqlen_q,
-                       shape.head_dim);
+                       shape.head_dim, Traits::kElementBytes);
     CopyQ::load(smem, q, first_row, fresh_thread_idx());
     copy_tile(params.k, shape.head_dim, Traits::kSmemK, visible.max - 1);
   }
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     copy_tile(params.v, shape.head_dim_v, Traits::kSmemV, v_block);
 
     float acc_s[Traits::kPiecesM][2 * Traits::kPiecesN][4];
-    warp.scores(acc_s);
+    warp.scores(acc_s, params.allow_tf32);
     if constexpr (!kConfig.late_copy) {
       swap_k_for_v(n_block);
     }
@@ -201,7 +203,9 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                                n_block * kConfig.tile_n, 16};
     float scale_log2 = params.softmax_scale * kLog2E;
     if constexpr (kConfig.extras) {
-      apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
+      float const slope = alibi_slope(params.scores, fresh(tile.batch), fresh(tile.head));
+      apply_options<kConfig.dtype>(acc_s, place, params.scores, params.softmax_scale, slope,
+                                   sequence);
       add_bias<kConfig.dtype>(acc_s, place, params, {tile.batch, tile.head, sequence});
       scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
     }
@@ -209,17 +213,17 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
     }
     warp.softmax.rescale(acc_s, warp.acc_o, scale_log2, params.max_slack);
-    Piece p[Traits::kPiecesM][Traits::kPiecesN];
+    Piece p[Traits::kPiecesM][Traits::kPiecesP];
     warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
     if (kConfig.extras && params.dropout.rng_state != nullptr) {
       int const batch_head = tile.batch * shape.num_heads + tile.head;
-      drop(p, KeptElements<Traits::kPiecesM, Traits::kPiecesN>(params.dropout, dropout_key,
-                                                               batch_head, place));
+      drop<kConfig.dtype>(p, KeptElements<Traits::kPiecesM, Traits::kPiecesN>(
+                                 params.dropout, dropout_key, batch_head, place));
     }
     if constexpr (kConfig.late_copy) {
       swap_k_for_v(n_block);
     }
-    warp.accumulate(p);
+    warp.accumulate(p, params.allow_tf32);
   }
 
   store_tile(warp, params, query_tile(params, source, fresh(blockIdx.x)));

@@ -34,13 +34,15 @@ inline LaunchedTiles forward_tiles(ForwardConfig const& config, ForwardParams co
                       .other_tile_rows = config.tile_n,
                       .descending = order.descending};
   order.descending = false;  // the list is in order
-  return {{order, list_tiles(packed_problem(params), {tiling, params.workspace}, stream)},
-          max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m) * shape.num_heads};
+  return {
+      {order, list_tiles(packed_problem(params, config.dtype), {tiling, params.workspace}, stream)},
+      max_tiles(shape.seqlen_q, shape.batch_size, config.tile_m) * shape.num_heads};
 }
 
-template <int kHeadDim>
-bool ForwardUnit<kHeadDim>::launch(ForwardConfig const& config, ForwardParams const& params,
-                                   Device const& device, Stream stream) {
+template <int kHeadDim, int kElementBytes>
+bool ForwardUnit<kHeadDim, kElementBytes>::launch(ForwardConfig const& config,
+                                                  ForwardParams const& params, Device const& device,
+                                                  Stream stream) {
   auto try_row = [&]<ForwardConfig kRow>() {
     if (!(config == kRow)) {
       return false;
@@ -50,8 +52,12 @@ bool ForwardUnit<kHeadDim>::launch(ForwardConfig const& config, ForwardParams co
         tiles.num_blocks, kRow.num_threads(), kRow.smem_bytes(), stream, params, tiles.source);
     return true;
   };
-  return any_compiled_row<kForwardRows<DType::kBf16>, kHeadDim>(try_row) ||
-         any_compiled_row<kForwardRows<DType::kFp16>, kHeadDim>(try_row);
+  if constexpr (kElementBytes == 4) {
+    return any_compiled_row<kForwardRows<DType::kFp32>, kHeadDim>(try_row);
+  } else {
+    return any_compiled_row<kForwardRows<DType::kBf16>, kHeadDim>(try_row) ||
+           any_compiled_row<kForwardRows<DType::kFp16>, kHeadDim>(try_row);
+  }
 }
 
 }  // namespace flash::sm80

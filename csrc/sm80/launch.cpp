@@ -9,14 +9,18 @@ namespace flash::sm80 {
 void forward(ForwardConfig const& config, ForwardParams const& params, Device const& device,
              Stream stream) {
   launch_in_unit(config, [&]<int kHeadDim>() {
-    return ForwardUnit<kHeadDim>::launch(config, params, device, stream);
+    return config.dtype == DType::kFp32
+               ? ForwardUnit<kHeadDim, 4>::launch(config, params, device, stream)
+               : ForwardUnit<kHeadDim, 2>::launch(config, params, device, stream);
   });
 }
 
 void backward(BackwardConfig const& config, BackwardParams const& params, Device const& device,
               Stream stream) {
   launch_in_unit(config, [&]<int kHeadDim>() {
-    return BackwardUnit<kHeadDim>::launch(config, params, device, stream);
+    return config.dtype == DType::kFp32
+               ? BackwardUnit<kHeadDim, 4>::launch(config, params, device, stream)
+               : BackwardUnit<kHeadDim, 2>::launch(config, params, device, stream);
   });
 }
 

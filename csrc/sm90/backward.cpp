@@ -162,7 +162,7 @@ void backward(Sm90BackwardConfig const& config, BackwardParams const& params, in
   if (is_packed(params)) {
     int* const end = counters + BackwardWorkspace::num_counters(division);
     Lists const lists = lists_of(config, params, reinterpret_cast<char*>(end));
-    list_tiles(packed_problem(params), lists.items, lists.tiles, stream);
+    list_tiles(packed_problem(params, config.dtype), lists.items, lists.tiles, stream);
     division.items.list = lists.items.list();
     division.tiles.list = lists.tiles.list();
   }

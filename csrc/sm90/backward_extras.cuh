@@ -21,8 +21,8 @@ __device__ __forceinline__ void apply_options(float (&scores)[2 * kSteps][4],
       for (int half = 0; half < 2; ++half) {
         float& left = scores[n][2 * half];
         float& right = scores[n][2 * half + 1];
-        left = tanh_approx(left * scale);
-        right = tanh_approx(right * scale);
+        left = fast_tanh<kDType>(left * scale);
+        right = fast_tanh<kDType>(right * scale);
         derivative[n / 2][n % 2 * 2 + half] =
             pack2<kDType>(fmaf(-left, left, 1.f), fmaf(-right, right, 1.f));
       }

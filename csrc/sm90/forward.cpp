@@ -74,8 +74,9 @@ LaunchedTiles forward_tiles(Sm90ForwardConfig const& config, ForwardParams const
                       .other_tile_rows = config.tile_n,
                       .descending = order.descending};
   order.descending = false;  // the list is in order
-  return {{order, list_tiles(packed_problem(params), {tiling, params.workspace}, stream)},
-          max_listed_tiles(config, params) * params.shape.num_heads};
+  return {
+      {order, list_tiles(packed_problem(params, config.dtype), {tiling, params.workspace}, stream)},
+      max_listed_tiles(config, params) * params.shape.num_heads};
 }
 
 }  // namespace

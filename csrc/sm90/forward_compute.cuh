@@ -104,8 +104,10 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
       Sequence sequence{};
       sequence.seqlen_q = tile.seqlen_q;
       sequence.seqlen_k = tile.seqlen_k;
-      apply_options(reinterpret_cast<float (&)[1][kFragmentsS][4]>(scores), {first_row(tile), 0, n_block * Traits::kTileN, 16},
-                    params.problem.scores, params.problem.softmax_scale, extras.slope, sequence);
+      apply_options<kConfig.dtype>(reinterpret_cast<float (&)[1][kFragmentsS][4]>(scores),
+                                   {first_row(tile), 0, n_block * Traits::kTileN, 16},
+                                   params.problem.scores, params.problem.softmax_scale,
+                                   extras.slope, sequence);
     }
   }
   __device__ __forceinline__ void drop_some(Scores& probabilities, Extras const& extras) const {

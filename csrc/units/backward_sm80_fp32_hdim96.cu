@@ -1,0 +1,3 @@
+#include "sm80/backward_launch.cuh"
+
+template struct flash::sm80::BackwardUnit<96, 4>;

@@ -1,0 +1,3 @@
+#include "sm80/forward_launch.cuh"
+
+template struct flash::sm80::ForwardUnit<192, 4>;
