@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <string_view>
 
+#include "binding/json.h"
 #include "config/select.h"
 
 // Defined by the build as strings: the package's version, the CUDA toolkit ("13.0") and the
@@ -42,19 +43,6 @@ std::vector<int> parse_archs(std::string_view text) {
   return archs;
 }
 
-std::string quoted(std::string_view text) {
-  std::string result{'"'};
-  return result.append(text).append(1, '"');
-}
-
-std::string json_list(std::vector<std::string> const& texts) {
-  std::string list{'['};
-  for (std::string const& text : texts) {
-    list.append(list.size() > 1 ? ", " : "").append(quoted(text));
-  }
-  return list.append(1, ']');
-}
-
 template <class Config>
 void append_compiled(std::vector<std::string>& names, std::vector<Config> const& rows) {
   for (Config const& row : rows) {
@@ -85,6 +73,14 @@ std::vector<std::string> compiled_rows() {
 std::vector<int> const& cuda_archs() {
   static std::vector<int> const archs = parse_archs(FLASH_ATTN_CUDA_ARCHS);
   return archs;
+}
+
+int newest_arch_for(int compute_capability) {
+  int newest = 0;
+  for (int const arch : cuda_archs()) {
+    newest = arch <= compute_capability ? std::max(newest, arch) : newest;
+  }
+  return newest;
 }
 
 std::string cuda_arch_list() {
