@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 export FLASH_ATTN_WERROR := 1
 
 .DEFAULT_GOAL := build
-.PHONY: demo test test-gpu sanitize bench env build host kernels kernel-table check format wheel clean
+.PHONY: demo test test-gpu sanitize bench env build host kernels kernel-table check docs format wheel clean
 
 demo: build
 	$(RUN) examples/train_gpt.py
@@ -78,6 +78,15 @@ format: $(READY)
 	$(TOOLS)/clang-format -i $(SOURCES_CPP)
 	$(TOOLS)/ruff check --fix-only .
 	$(TOOLS)/ruff format .
+
+# The site in build/docs; a broken link or reference fails it. Only the first time downloads anything.
+docs: build host $(VENV)/.docs-ready
+	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "docs: build/docs/index.html"
+
+$(VENV)/.docs-ready: $(READY)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[docs]"
+	touch $@
 
 wheel: $(READY)
 	PATH="$(abspath $(TOOLS)):$$PATH" $(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .

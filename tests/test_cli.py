@@ -125,7 +125,7 @@ def test_wrong_calls(
     ("arguments", "expected"),
     [
         (["info", "--head-dim", "64"], "--head-dim: expected with --call"),
-        (["memory", "--seqlen", "64"], "expected --seqlens"),
+        (["memory", "--seqlen-k", "64"], "unrecognized arguments: --seqlen-k"),
         (["nonsense"], "invalid choice"),
     ],
 )

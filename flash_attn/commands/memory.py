@@ -54,10 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     usual = "(default: 512 to 4096 on a CPU, to 16384 on a GPU)"
     add("--seqlens", type=int, nargs="+", help=f"of queries and of keys {usual}")
-    add_problem_options(add)
+    add_problem_options(lambda name, **kind: None if "--seqlen" in name else add(name, **kind))
     add("--json", action="store_true", help="print one JSON object instead of the table")
     add("--plot", type=Path, metavar="FILE.png", help="curves over the sequence length")
-    parser.set_defaults(batch=1, usual_seqlen=parser.get_default("seqlen"))
+    parser.set_defaults(batch=1, seqlen=1, seqlen_k=None)
 
 
 def _free_bytes(device: str) -> int:
@@ -162,8 +162,6 @@ def _plot(problem: Problem, rows: list[Row], path: Path) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.seqlen_k is not None or options.seqlen != options.usual_seqlen:
-        options.error("--seqlen: expected --seqlens here, several lengths")
     problem = problem_of(options)
     on_gpu = torch.device(problem.device).type == "cuda"
     seqlens = options.seqlens or [2**power for power in range(9, 15 if on_gpu else 13)]
