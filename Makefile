@@ -85,7 +85,8 @@ docs: build host $(VENV)/.docs-ready
 	@echo "docs: build/docs/index.html"
 
 $(VENV)/.docs-ready: $(READY)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[docs]"
+	PATH="$(abspath $(TOOLS)):$$PATH" $(RUN) -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --editable ".[docs]"
 	touch $@
 
 wheel: $(READY)

@@ -108,7 +108,7 @@ def kernel_tables() -> dict[str, str]:
     bf16 = module.DType.bf16
     usual: dict[str, Callable[[Any], object]] = {
         "row": lambda config: f"`{config.name}`",
-        "tile": lambda config: f"{config.tile_m} x {config.tile_n}",
+        "tile": lambda config: f"{config.tile_m}×{config.tile_n}",
         "threads": lambda config: config.num_threads,
         "shared memory, KiB": lambda config: round(config.smem_bytes / 1024),
     }

@@ -41,6 +41,7 @@ def draw(path: Path) -> None:
         axis.bar_label(bars, padding=2, fontsize=8.5, fontweight="bold" if index == 0 else "normal")
     axis.set_xticks(range(len(rates)), [f"head dim {label}" for label in rates])
     axis.set_ylabel("TFLOP/s")
+    axis.margins(y=0.1)
     axis.set_title(
         "Forward, bfloat16, 2 x 8192 tokens, width 2048, NVIDIA H100 80GB HBM3", fontsize=11, pad=24
     )

@@ -85,7 +85,7 @@ def standard_attention(case: Case) -> Attention:
     Raises NotImplementedError for dropout.
     """
     if case.problem.dropout:
-        raise NotImplementedError("no dropout here")
+        raise NotImplementedError("standard attention has no dropout here")
     options = {**case.options, **_sink_of(case)}
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
