@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from backends import on_devices
 
 import flash_attn
 from flash_attn import cli, ops
 from flash_attn.commands import bench, importers, memory
 from flash_attn.commands.kernels import Target, named_target
-from flash_attn.commands.peers import first_failure
+from flash_attn.commands.peers import first_failure, peer_names
 from flash_attn.verify import problem_of
 
-ALL_KERNELS = ["80", "90"]
 SMALL = ["--batch", "1", "--heads", "2", "--head-dim", "16"]
 
 
@@ -27,7 +28,7 @@ def run_json(capsys: pytest.CaptureFixture[str], *arguments: str, status: int = 
 
 def needs_all_kernels() -> None:
     build = ops.build_info()
-    if build["cuda_archs"] != ALL_KERNELS or build["kernels"]:
+    if not {"80", "90"} <= set(build["cuda_archs"]) or build["kernels"]:
         pytest.skip("needs a build of every kernel for 80;90")
 
 
@@ -143,6 +144,41 @@ def test_verify_is_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert result["matches"]
 
 
+CALLS_ON_GPU = {
+    "plain": {"causal": True},
+    "extras": {"dropout_p": 0.1},
+    "extras_192": {"dropout_p": 0.1, "head_dim": 192},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLS_ON_GPU)
+def test_the_kernel_that_runs_is_the_one_that_is_named(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = dict(CALLS_ON_GPU[name])
+    head_dim = options.pop("head_dim", 64)
+    call = ["--seqlen", "300", "--head-dim", str(head_dim), "--device", "cuda"]
+    call += ["--causal"] if "causal" in options else ["--dropout", "0.1"]
+    passes = run_json(capsys, "info", "--call", *call)["passes"]
+    shape = (2, 300, 4, head_dim)
+    q, k, v = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(3)
+    )
+    run = {
+        "forward": lambda: flash_attn.flash_attn_func(q, k, v, **options),
+        "backward": lambda: torch.autograd.grad(out, (q, k, v), out),
+    }
+    out = run["forward"]()
+    for pass_name, choice in passes.items():
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run[pass_name]()
+            torch.cuda.synchronize()
+        ours = [event.name for event in profile.events() if f"{pass_name}_kernel" in event.name]
+        assert ours and all(f"flash::{choice['backend']}::" in kernel for kernel in ours), ours
+
+
 # What importers make of it.
 
 
@@ -202,16 +238,27 @@ def test_the_report_has_the_importers(capsys: pytest.CaptureFixture[str]) -> Non
 # Time and memory.
 
 
-def test_bench_times_every_backend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@on_devices
+def test_bench_times_every_backend(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["bench", *SMALL, "--seqlen", "40", "--rounds", "1", "--device", device]
+    timings = run_json(capsys, *arguments, "--causal")["timings"]
+    assert list(timings) == ["flash_attn", *peer_names(device)]
+    timed = {name: timing for name, timing in timings.items() if not timing["why_not"]}
+    assert {"flash_attn", "sdpa flash", "sdpa math"} <= set(timed)
+    for timing in timed.values():
+        assert timing["difference"] < (1e-5 if device == "cpu" else 5e-2)
+        assert set(timing["ms"]) == set(bench.PASSES) and min(timing["ms"].values()) > 0
+
+
+def test_bench_of_a_mask_that_pytorch_has_to_be_given(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "times.png"
     arguments = ["bench", *SMALL, "--seqlen", "40", "--rounds", "1", "--device", "cpu"]
     result = run_json(capsys, *arguments, "--causal", "--seqlen-k", "60", "--plot", str(picture))
-    timings = result["timings"]
-    assert list(timings) == ["flash_attn", "sdpa flash", "sdpa math"]
-    for timing in timings.values():
+    for timing in result["timings"].values():
         assert timing["why_not"] == "" and timing["difference"] < 1e-5
-        assert set(timing["ms"]) == set(bench.PASSES) and min(timing["ms"].values()) > 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -231,18 +278,25 @@ def test_failures_are_one_line() -> None:
     assert first_failure(lambda: None) == ""
 
 
+@on_devices
 def test_memory_grows_with_the_length_but_for_standard_attention(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
-    picture = tmp_path / "memory.png"
-    arguments = ["memory", "--seqlens", "512", "2048", "--heads", "2", "--device", "cpu"]
-    result = run_json(capsys, *arguments, "--plot", str(picture))
+    arguments = ["memory", "--seqlens", "512", "2048", "--heads", "2", "--device", device]
+    result = run_json(capsys, *arguments)
     short, long = (row["peak_bytes"] for row in result["rows"])
     assert set(short) == set(long) == set(memory.ATTENTIONS)
     assert 2 < long["flash_attn"] / short["flash_attn"] < 6
     assert 11 < long["standard"] / short["standard"] < 21
     assert long["standard"] > 5 * long["flash_attn"]
+
+
+def test_memory_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "memory.png"
+    arguments = ["memory", *SMALL, "--seqlens", "64", "--device", "cpu", "--plot", str(picture)]
+    assert cli.main(arguments) == 0
+    assert "standard" in capsys.readouterr().out
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -109,7 +109,7 @@ def test_commands_are_such() -> None:
 
 def test_the_sample_of_the_commands_page_is_what_comes(capsys: pytest.CaptureFixture[str]) -> None:
     build = ops.build_info()
-    if build["cuda_archs"] != ["80", "90"] or build["kernels"]:
+    if not {"80", "90"} <= set(build["cuda_archs"]) or build["kernels"]:
         pytest.skip("needs a build of every kernel for 80;90")
     (sample,) = re.findall(r"```text\n(\$.*?)```", text_of("docs/commands.md"), re.DOTALL)
     command, _, output = sample.partition("\n")
