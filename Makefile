@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 export FLASH_ATTN_WERROR := 1
 
 .DEFAULT_GOAL := build
-.PHONY: demo test test-gpu sanitize bench env build host kernels kernel-table check docs format wheel clean
+.PHONY: demo test test-gpu sanitize bench env build host kernels kernel-table check format wheel clean
 
 demo: build
 	$(RUN) examples/train_gpt.py
@@ -79,6 +79,7 @@ format: $(READY)
 	$(TOOLS)/ruff check --fix-only .
 	$(TOOLS)/ruff format .
 
+.PHONY: docs
 # The site in build/docs; a broken link or reference fails it. Only the first time downloads anything.
 docs: build host $(VENV)/.docs-ready
 	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs

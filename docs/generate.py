@@ -88,24 +88,28 @@ def coverage() -> str:
     }
     rows = []
     for (family, pass_name), configs in families.items():
-        plain = [config for config in configs if not config.extras]
-        extras = [config for config in configs if config.extras]
-        cells = [family, pass_name, joined(config.dtype.name for config in configs)]
-        cells += [joined(config.head_dim for config in part) for part in (plain, extras)]
-        rows.append(cells)
+        dtypes: dict[tuple[str, ...], list[str]] = {}  # by the head dims that they have
+        for dtype in dict.fromkeys(config.dtype.name for config in configs):
+            of_dtype = [config for config in configs if config.dtype.name == dtype]
+            head_dims = tuple(
+                joined(config.head_dim for config in of_dtype if config.extras == extras)
+                for extras in (False, True)
+            )
+            dtypes.setdefault(head_dims, []).append(dtype)
+        rows += [[family, pass_name, ", ".join(names), *dims] for dims, names in dtypes.items()]
     head = ("family", "pass", "dtypes", "tiles for head dims", "with softcap, ALiBi or dropout")
     return table(head, rows)
 
 
 def kernels(configs: Iterable[Any], columns: dict[str, Callable[[Any], object]]) -> str:
-    """One line a compiled row; bfloat16 stands for both dtypes, whose rows are the same."""
+    """One line a compiled row."""
     rows = [[get(config) for get in columns.values()] for config in configs]
     return table(columns, rows)
 
 
 def kernel_tables() -> dict[str, str]:
+    """Of every family and pass, without float16, whose rows are those of bfloat16."""
     module = host()
-    bf16 = module.DType.bf16
     usual: dict[str, Callable[[Any], object]] = {
         "row": lambda config: f"`{config.name}`",
         "tile": lambda config: f"{config.tile_m}×{config.tile_n}",
@@ -129,7 +133,7 @@ def kernel_tables() -> dict[str, str]:
         "backward_sm80": (module.backward_rows(), per_sm),
     }
     return {
-        name: kernels([config for config in configs if config.dtype == bf16], columns)
+        name: kernels([config for config in configs if config.dtype.name != "fp16"], columns)
         for name, (configs, columns) in sources.items()
     }
 

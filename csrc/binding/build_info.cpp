@@ -75,14 +75,6 @@ std::vector<int> const& cuda_archs() {
   return archs;
 }
 
-int newest_arch_for(int compute_capability) {
-  int newest = 0;
-  for (int const arch : cuda_archs()) {
-    newest = arch <= compute_capability ? std::max(newest, arch) : newest;
-  }
-  return newest;
-}
-
 std::string cuda_arch_list() {
   return FLASH_ATTN_CUDA_ARCHS;
 }

@@ -9,10 +9,6 @@ namespace flash::binding {
 /// CUDA architectures of this build, {80, 90}; empty if only the CPU backend was built.
 std::vector<int> const& cuda_archs();
 
-/// The newest of them that is not newer than a GPU of `compute_capability`, whose code that GPU
-/// runs; 0 if there is none.
-int newest_arch_for(int compute_capability);
-
 /// The same as the build was told, "80;90".
 std::string cuda_arch_list();
 

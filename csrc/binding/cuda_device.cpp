@@ -44,9 +44,12 @@ std::string version_text(int compute_capability) {
   return std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
 }
 
-/// The architecture whose code runs on a GPU of `compute_capability`.
+/// The architecture whose code runs on a GPU of `compute_capability`: the newest that is not newer.
 int compiled_arch(int compute_capability) {
-  int const newest = newest_arch_for(compute_capability);
+  int newest = 0;
+  for (int const arch : cuda_archs()) {
+    newest = arch <= compute_capability ? std::max(newest, arch) : newest;
+  }
   if (newest == 0) {
     throw std::runtime_error(
         "flash_attn: this GPU has compute capability " + version_text(compute_capability) +

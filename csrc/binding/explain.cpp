@@ -13,6 +13,15 @@ namespace {
 
 constexpr int32_t kSomeSequences = 0;  // borders that only have to be there
 
+/// Shared memory that compiled code may count on, on a GPU that grants a thread block so much.
+int usable_smem_bytes(int compute_capability, int granted) {
+  int newest = 0;  // the architecture whose code the GPU runs
+  for (int const arch : cuda_archs()) {
+    newest = arch <= compute_capability ? std::max(newest, arch) : newest;
+  }
+  return newest == 0 ? granted : std::min(granted, compiled_smem_limit(newest));
+}
+
 DType dtype_of(std::string const& name) {
   if (name == "bfloat16" || name == "float16" || name == "float32") {
     return name == "bfloat16" ? DType::kBf16 : name == "float16" ? DType::kFp16 : DType::kFp32;
@@ -84,9 +93,7 @@ std::string select_kernel(bool backward, int64_t family, int64_t compute_capabil
   SelectionProblem const problem{batch_size,  seqlen_q,     seqlen_k, head_dim, head_dim_v,
                                  window_left, window_right, extras,   packed};
   DType const dtype = dtype_of(dtype_name);
-  int const arch = newest_arch_for(int(compute_capability));
-  int const smem =
-      arch == 0 ? int(smem_bytes) : std::min(int(smem_bytes), compiled_smem_limit(arch));
+  int const smem = usable_smem_bytes(int(compute_capability), int(smem_bytes));
   if (family == 90) {
     return backward ? selection_json(
                           select_sm90_backward(dtype, params_of<BackwardParams>(problem), smem))

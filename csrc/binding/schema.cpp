@@ -18,12 +18,12 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
       "Tensor? alibi_slopes=None, float dropout_p=0.0, Tensor? rng_state=None, "
       "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None) -> Tensor softmax_d");
   m.def("build_info() -> str");
+  m.def("limit_kernel_family(int arch) -> int");
+  m.def("limit_backward_section(int heads) -> int");
   m.def(
       "select_kernel(bool backward, int family, int compute_capability, int smem_bytes, str dtype, "
       "int batch_size, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, int window_left, "
       "int window_right, bool extras, bool packed) -> str");
-  m.def("limit_kernel_family(int arch) -> int");
-  m.def("limit_backward_section(int heads) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
