@@ -39,7 +39,7 @@ bench: build
 .PHONY: docs
 # The site in build/docs; a broken link or reference fails it. Only the first time downloads anything.
 docs: build host $(VENV)/.docs-ready
-	$(RUN) -m sphinx -W --keep-going -q -b html docs build/docs
+	$(RUN) -m sphinx -E -W --keep-going -q -b html docs build/docs
 	@echo "docs: build/docs/index.html"
 
 $(VENV)/.docs-ready: $(READY)

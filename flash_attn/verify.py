@@ -26,7 +26,7 @@ from torch import Tensor
 
 from flash_attn import __version__, flash_attn_func
 from flash_attn.dropout import draw_rng_state, dropout_mask
-from flash_attn.measure import Cost, cost_of, plot
+from flash_attn.measure import Cost, cost_of, load_pyplot, plot
 from flash_attn.modules.attention import get_alibi_slopes
 from flash_attn.problem import scale_of
 from flash_attn.reference import attention_reference
@@ -281,6 +281,8 @@ def problem_of(options: argparse.Namespace, on_gpu: bool | None = None) -> Probl
 
 
 def run(options: argparse.Namespace) -> int:
+    if options.plot is not None:
+        load_pyplot()  # before anything is computed
     problem = problem_of(options)
     case = Case(problem)
     small = Case(replace(problem, batch=1, seqlen=16, seqlen_k=16))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,16 @@ def test_the_kernel_that_runs_is_the_one_that_is_named(
             torch.cuda.synchronize()
         ours = [event.name for event in profile.events() if f"{pass_name}_kernel" in event.name]
         assert ours and all(f"flash::{choice['backend']}::" in kernel for kernel in ours), ours
+
+
+@pytest.mark.parametrize("command", ["verify", "bench", "memory"])
+def test_a_picture_needs_matplotlib(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main([command, *SMALL, "--plot", "none.png"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and "pip install matplotlib" in output.err
 
 
 # What importers make of it.
