@@ -103,16 +103,16 @@ def _entered(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
 
 def _table(problem: Problem, timings: dict[str, Timing]) -> str:
     lines = [f"flash_attn {__version__}: {problem.text()}", ""]
-    lines.append(f"{'ms, and how many times ours':<28}" + "".join(f"{p:>26}" for p in PASSES))
+    head = "".join(f"{name:>26}" for name in PASSES)
+    lines.append(f"{'ms, and how many times ours':<28}{head}{'difference':>14}")
     ours = timings[OURS].ms
     for name, timing in timings.items():
         if timing.why_not:
-            lines.append(f"{name:<28}{'':4}{timing.why_not}")
+            lines.append(f"{name:<32}{timing.why_not}")
             continue
-        cells = "".join(
-            f"{timing.ms[name_]:>18.3f}{timing.ms[name_] / ours[name_]:>8.2f}" for name_ in PASSES
-        )
-        lines.append(f"{name:<28}{cells}")
+        cells = "".join(f"{timing.ms[p]:>18.3f}{timing.ms[p] / ours[p]:>8.2f}" for p in PASSES)
+        difference = "-" if timing.difference is None else f"{timing.difference:.1e}"
+        lines.append(f"{name:<28}{cells}{difference:>14}")
     return "\n".join(lines)
 
 
