@@ -36,6 +36,17 @@ sanitize: build
 bench: build
 	$(RUN) -m benchmarks
 
+.PHONY: docs
+# The site in build/docs; a broken link or reference fails it. Only the first time downloads anything.
+docs: build host $(VENV)/.docs-ready
+	$(RUN) -m sphinx -E -W --keep-going -q -b html docs build/docs
+	@echo "docs: build/docs/index.html"
+
+$(VENV)/.docs-ready: $(READY)
+	PATH="$(abspath $(TOOLS)):$$PATH" $(RUN) -m pip install --quiet --disable-pip-version-check \
+	  --no-build-isolation --editable ".[docs]"
+	touch $@
+
 env: $(READY)
 
 # The environment holds what building, testing, linting and the example need.

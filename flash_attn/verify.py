@@ -1,7 +1,7 @@
-"""`python -m flash_attn.verify`: does tiled attention give what standard attention gives, here?
+"""`python -m flash_attn verify`: does tiled attention give what standard attention gives, here?
 
-    python -m flash_attn.verify --seqlen 4096 --heads 16 --heads-k 4 --head-dim 128 --causal
-    python -m flash_attn.verify --dropout 0.1 --window 256 0 --dtype bfloat16 --json
+    python -m flash_attn verify --seqlen 4096 --heads 16 --heads-k 4 --head-dim 128 --causal
+    python -m flash_attn verify --dropout 0.1 --window 256 0 --dtype bfloat16 --json
 
 Compares the output, softmax_lse and all gradients of one problem with attention in fp64 that has
 the whole score matrix, and asks that the error is at most twice that of the same computation by
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from flash_attn import __version__, flash_attn_func
 from flash_attn.dropout import draw_rng_state, dropout_mask
-from flash_attn.measure import Cost, cost_of, plot
+from flash_attn.measure import Cost, cost_of, load_pyplot, plot
 from flash_attn.modules.attention import get_alibi_slopes
 from flash_attn.problem import scale_of
 from flash_attn.reference import attention_reference
@@ -54,11 +55,11 @@ class Problem:
     alibi: bool
     sink: bool
 
-    def text(self) -> str:
+    def text(self, where: str | None = None) -> str:
         parts = [
             f"batch {self.batch}, seqlen {self.seqlen} x {self.seqlen_k}",
             f"heads {self.heads}/{self.heads_k}, head_dim {self.head_dim}",
-            f"{self.dtype} on {self.device}",
+            f"{self.dtype} on {where or self.device}",
         ]
         parts += [name for name in ("causal", "alibi", "sink") if getattr(self, name)]
         if self.window != (-1, -1):
@@ -231,13 +232,8 @@ def _report(problem: Problem, checks: list[Check], costs: dict[str, Cost]) -> st
     return "\n".join(lines)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m flash_attn.verify",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def add_problem_options(add: Callable[..., object]) -> None:
+    """What problem_of() reads, to a parser's or a group's `add_argument`."""
     add("--batch", type=int, default=2)
     add("--seqlen", type=int, default=512, help="of queries; of keys too without --seqlen-k")
     add("--seqlen-k", type=int)
@@ -252,15 +248,20 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dropout", type=float, default=0.0, metavar="P")
     add("--alibi", action="store_true")
     add("--sink", action="store_true")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add_problem_options(add)
     add("--repeats", type=int, default=5, help="timed calls, of which the median counts")
     add("--json", action="store_true", help="print one JSON object instead of the table")
     add("--plot", type=Path, metavar="FILE.png", help="bar charts of errors, time and memory")
-    return parser
 
 
-def problem_of(options: argparse.Namespace) -> Problem:
+def problem_of(options: argparse.Namespace, on_gpu: bool | None = None) -> Problem:
+    """The options' problem; `on_gpu` decides on the usual dtype, by default the device does."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = torch.device(device).type == "cuda"
+    on_gpu = torch.device(device).type == "cuda" if on_gpu is None else on_gpu
     return Problem(
         batch=options.batch,
         seqlen=options.seqlen,
@@ -279,7 +280,9 @@ def problem_of(options: argparse.Namespace) -> Problem:
     )
 
 
-def _verify(options: argparse.Namespace) -> bool:
+def run(options: argparse.Namespace) -> int:
+    if options.plot is not None:
+        load_pyplot()  # before anything is computed
     problem = problem_of(options)
     case = Case(problem)
     small = Case(replace(problem, batch=1, seqlen=16, seqlen_k=16))
@@ -305,13 +308,18 @@ def _verify(options: argparse.Namespace) -> bool:
     if options.plot is not None:
         errors = {check.name: (check.error, check.torch_error, check.allowed) for check in checks}
         print(plot(problem.text(), errors, costs, options.plot), file=sys.stderr)
-    return matches
+    return 0 if matches else 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = make_parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m flash_attn.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_options(parser)
     try:
-        return 0 if _verify(options) else 1
+        return run(parser.parse_args(arguments))
     except (RuntimeError, ValueError) as error:
         print(f"nothing verified: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""`python -m flash_attn`: what it finds here, and what it says where something is missing."""
+"""`python -m flash_attn info`: what it finds here, and what it says where something is missing."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from flash_attn import __main__ as report_module
-from flash_attn import __version__, ops
-from flash_attn.__main__ import Backend, Gpu, Report
+from flash_attn import __version__, cli, ops
+from flash_attn.commands import report as report_module
+from flash_attn.commands.report import Backend, Gpu, Report
 
 BUILD: ops.BuildInfo = {
     "version": __version__,
@@ -53,7 +53,7 @@ def run_module(*options: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_text_names_version_torch_and_backends() -> None:
-    result = run_module()
+    result = run_module("info")
     assert result.returncode == 0, result.stderr
     assert f"flash_attn  {__version__}" in result.stdout
     assert torch.__version__ in result.stdout
@@ -76,7 +76,7 @@ def test_missing_module_is_reported_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ops, "load_error", "No module named 'flash_attn._C'")
-    assert report_module.main([]) == 1
+    assert cli.main([]) == 1
     text = capsys.readouterr().out
     assert "No module named 'flash_attn._C'" in text
     assert "pip install ." in text

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <string_view>
 
+#include "binding/json.h"
 #include "config/select.h"
 
 // Defined by the build as strings: the package's version, the CUDA toolkit ("13.0") and the
@@ -40,19 +41,6 @@ std::vector<int> parse_archs(std::string_view text) {
     archs.push_back(number);
   }
   return archs;
-}
-
-std::string quoted(std::string_view text) {
-  std::string result{'"'};
-  return result.append(text).append(1, '"');
-}
-
-std::string json_list(std::vector<std::string> const& texts) {
-  std::string list{'['};
-  for (std::string const& text : texts) {
-    list.append(list.size() > 1 ? ", " : "").append(quoted(text));
-  }
-  return list.append(1, ']');
 }
 
 template <class Config>

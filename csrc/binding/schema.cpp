@@ -4,6 +4,7 @@
 #include <string>
 
 #include "binding/build_info.h"
+#include "binding/explain.h"
 
 STABLE_TORCH_LIBRARY(flash_attn, m) {
   std::string const forward_arguments =
@@ -26,8 +27,13 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
   m.def("build_info() -> str");
   m.def("limit_kernel_family(int arch) -> int");
   m.def("limit_backward_section(int heads) -> int");
+  m.def(
+      "select_kernel(bool backward, int family, int compute_capability, int smem_bytes, str dtype, "
+      "int batch_size, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, int window_left, "
+      "int window_right, bool extras, bool packed) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&flash::binding::build_info));
+  m.impl("select_kernel", TORCH_BOX(&flash::binding::select_kernel));
 }
