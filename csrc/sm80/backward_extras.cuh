@@ -37,13 +37,12 @@ template <int kM, int kN>
 __device__ __forceinline__ void multiply_by_derivative(float (&dp)[kM][kN][4],
                                                        float const (&scores)[kM][kN][4],
                                                        PiecePlacement const& place,
-                                                       BackwardParams const& params,
-                                                       ScoreHead const& of) {
+                                                       BackwardParams const& params, float slope,
+                                                       Sequence const& sequence) {
   if (params.scores.softcap == 0.f) {
     return;
   }
-  float const slope = alibi_slope(params.scores, fresh(of.batch), fresh(of.head));
-  AlibiLane const alibi(place, slope, params.scores.softcap, of.sequence);
+  AlibiLane const alibi(place, slope, params.scores.softcap, sequence);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -56,7 +55,7 @@ __device__ __forceinline__ void multiply_by_derivative(float (&dp)[kM][kN][4],
   }
 }
 
-/// The same of scores with a bias.
+/// The same of scores with a bias. The slope is read anew: a register less is held.
 template <DType kDType, int kM, int kN>
 __device__ __forceinline__ void multiply_by_biased_derivative(float (&dp)[kM][kN][4],
                                                               float const (&scores)[kM][kN][4],

@@ -181,8 +181,7 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
   ScoreHead const of{tile.batch, visit.head, tile.sequence};
   PiecePlacement const place{first_row, kRowStep, tile.n_block * kConfig.tile_n + 16 * warp_n,
                              kColStep};
-  float const slope =
-      kConfig.extras ? alibi_slope(params.scores, fresh(tile.batch), fresh(visit.head)) : 0.f;
+  float const slope = kConfig.extras ? alibi_slope(params.scores, tile.batch, visit.head) : 0.f;
   if constexpr (kConfig.extras) {
     apply_options<Traits::kDType>(acc_s, place, params.scores, params.softmax_scale, slope,
                                   of.sequence);
@@ -212,11 +211,11 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
     } else if (has_dropout) {
       auto const kept = kept_elements();
       drop_dp(acc_dp, kept, params.dropout.scale, minus_d);
-      multiply_by_derivative(acc_dp, acc_s, place, params, of);
+      multiply_by_derivative(acc_dp, acc_s, place, params, slope, of.sequence);
       store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, kept);
       return;
     } else {
-      multiply_by_derivative(acc_dp, acc_s, place, params, of);
+      multiply_by_derivative(acc_dp, acc_s, place, params, slope, of.sequence);
     }
   }
   store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, nullptr);
