@@ -279,6 +279,27 @@ def forward_only(
     return out if padded is None else out[..., : tensors[2].size(-1)], softmax_lse
 
 
+def forward_into(
+    out: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    extras: Extras,
+) -> Tensor:
+    """softmax_lse of q, k and v, as forward_only(); the output goes to `out`, whatever its strides,
+    as long as the last dimension is contiguous."""
+    is_padded = tensors[0].is_cuda and padded_on_cuda(tensors) is not None
+    if softmax_scale > 0.0 and not is_padded:
+        softmax_lse: Tensor = ops.forward_into(
+            *tensors, out, softmax_scale, window_left, window_right, **extras
+        )
+        return softmax_lse
+    computed, softmax_lse = forward_only(tensors, softmax_scale, window_left, window_right, extras)
+    out.copy_(computed)
+    return softmax_lse
+
+
 def _sink_requires_grad(extras: Extras) -> bool:
     return "sink" in extras and bool(extras["sink"].requires_grad)
 

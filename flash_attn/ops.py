@@ -69,15 +69,17 @@ def build_info() -> BuildInfo:
 # forward_eager is what calling the overload comes down to outside of torch.compile.
 forward: Any
 forward_eager: Any
+forward_into: Any
 backward: Any
 cuda_archs: tuple[str, ...]
 if load_error is None:
     forward = torch.ops.flash_attn.forward.default
     forward_eager = getattr(forward, "_op", forward)
+    forward_into = torch.ops.flash_attn.forward_into.default
     backward = torch.ops.flash_attn.backward.default
     cuda_archs = tuple(build_info()["cuda_archs"])
 else:
-    forward = forward_eager = backward = _raise_not_loaded
+    forward = forward_eager = forward_into = backward = _raise_not_loaded
     cuda_archs = ()
 
 
@@ -109,12 +111,12 @@ def backward_sections(heads: int) -> AbstractContextManager[None]:
 
 
 def raise_no_cuda_backend() -> NoReturn:
-    """For a call with CUDA tensors in a build without CUDA kernels."""
+    """For what needs CUDA kernels in a build without them."""
     if load_error is not None:
         _raise_not_loaded()
     raise RuntimeError(
-        "flash_attn: q is a CUDA tensor, but this build holds the CPU backend only. Build the CUDA "
-        f"backends (needs nvcc, but no GPU): {_INSTALL_CUDA}"
+        "flash_attn: CUDA tensors need CUDA kernels, but this build holds the CPU backend only. "
+        f"Build the CUDA backends (needs nvcc, but no GPU): {_INSTALL_CUDA}"
     )
 
 
@@ -151,6 +153,12 @@ def _forward_fake(
     lse_shape = (q.size(1), q.size(0)) if is_packed else (q.size(0), q.size(2), q.size(1))
     softmax_lse = q.new_empty(lse_shape, dtype=torch.float32)
     return q.new_empty((*q.shape[:-1], v.size(-1))), softmax_lse
+
+
+def _forward_into_fake(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *arguments: Any, **options: Any
+) -> Tensor:
+    return _forward_fake(q, k, v, *arguments, **options)[1]
 
 
 def _backward_fake(
@@ -194,12 +202,12 @@ def _pairs(q: Tensor, k: Tensor, options: dict[str, Any]) -> int:
     return int(q.shape[-2]) * pairs
 
 
-def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> int:
+def forward_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> int:
     """Two matrix products, counted without a mask, as torch counts its own attention."""
     return 2 * _pairs(q, k, options) * (q.shape[-1] + v.shape[-1])
 
 
-def _backward_flops(
+def backward_flops(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any
 ) -> int:
     """Five matrix products: the scores again, dq and dk; dP and dv."""
@@ -208,6 +216,8 @@ def _backward_flops(
 
 if load_error is None:
     torch.library.register_fake("flash_attn::forward")(_forward_fake)
+    torch.library.register_fake("flash_attn::forward_into")(_forward_into_fake)
     torch.library.register_fake("flash_attn::backward")(_backward_fake)
-    register_flop_formula(torch.ops.flash_attn.forward, get_raw=True)(_forward_flops)
-    register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)(_backward_flops)
+    register_flop_formula(torch.ops.flash_attn.forward, get_raw=True)(forward_flops)
+    register_flop_formula(torch.ops.flash_attn.forward_into, get_raw=True)(forward_flops)
+    register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)(backward_flops)

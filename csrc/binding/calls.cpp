@@ -55,9 +55,10 @@ Tensor writable(Tensor const& tensor, int alignment) {
   return is_aligned(tensor, alignment) ? tensor : new_like(tensor);
 }
 
-void copy_back(Tensor& given, Tensor const& computed) {
+void copy_back(Tensor const& given, Tensor const& computed) {
   if (given.get() != computed.get()) {
-    torch::stable::copy_(given, computed);
+    Tensor target = given;
+    torch::stable::copy_(target, computed);
   }
 }
 
@@ -88,6 +89,15 @@ Problem checked_inputs(Tensor const& q, Tensor const& k, Tensor const& v,
   check_rows_contiguous("k", k);
   check_rows_contiguous("v", v);
   return problem;
+}
+
+Tensor output(Tensor const* given, Tensor const& q, Tensor const& v, int alignment) {
+  if (given == nullptr) {
+    return new_like(q, v.size(v.dim() - 1));
+  }
+  check_out("out", *given, q, v);
+  check_writable("out", *given);
+  return writable(*given, alignment);
 }
 
 /// Everything but the sizes of q, k and v.
@@ -147,13 +157,13 @@ Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int3
 }
 
 ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in,
-                         Options const& options, int alignment)
+                         Tensor const* out_given, Options const& options, int alignment)
     : dtype(checked_dtype(q_in)),
       problem(checked_inputs(q_in, k_in, v_in, options.sequences)),
       q(readable(q_in, alignment)),
       k(readable(k_in, alignment)),
       v(readable(v_in, alignment)),
-      out(new_like(q, problem.shape.head_dim_v)),
+      out(output(out_given, q, v, alignment)),
       softmax_lse(new_row_statistic(q, problem, problem.shape.seqlen_q)),
       params{.q = strided(q),
              .k = strided(k),
@@ -168,6 +178,12 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
              .dropout = checked_dropout(options.dropout_p, options.rng_state, q),
              .sink = checked_sink(options.sink, q, problem.shape),
              .workspace = nullptr} {}
+
+void ForwardCall::finish(Tensor const* out_given) {
+  if (out_given != nullptr) {
+    copy_back(*out_given, out);
+  }
+}
 
 BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool deterministic,
                            int alignment)

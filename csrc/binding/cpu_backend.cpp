@@ -10,6 +10,16 @@ namespace {
 
 constexpr int kAlignment = 1;  // any tensor of whole elements will do
 
+std::tuple<Tensor, Tensor> run_forward(Tensor const& q, Tensor const& k, Tensor const& v,
+                                       Tensor const* out, Options const& options) {
+  ForwardCall call(q, k, v, out, options, kAlignment);
+  if (!call.is_empty()) {
+    cpu::forward(call.params, call.dtype, int(torch::stable::get_num_threads()));
+    call.finish(out);
+  }
+  return {call.out, call.softmax_lse};
+}
+
 std::tuple<Tensor, Tensor> forward_cpu(
     Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
     int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
@@ -21,11 +31,23 @@ std::tuple<Tensor, Tensor> forward_cpu(
       softmax_scale, window_left,  window_right,
       softcap,       alibi_slopes, dropout_p,
       rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
-  ForwardCall const call(q, k, v, options, kAlignment);
-  if (!call.is_empty()) {
-    cpu::forward(call.params, call.dtype, int(torch::stable::get_num_threads()));
-  }
-  return {call.out, call.softmax_lse};
+  return run_forward(q, k, v, nullptr, options);
+}
+
+Tensor forward_into_cpu(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& out,
+                        double softmax_scale, int64_t window_left, int64_t window_right,
+                        double softcap, std::optional<Tensor> const& alibi_slopes, double dropout_p,
+                        std::optional<Tensor> const& rng_state, std::optional<Tensor> const& sink,
+                        std::optional<Tensor> const& cu_seqlens_q,
+                        std::optional<Tensor> const& cu_seqlens_k,
+                        std::optional<Tensor> const& seqused_k,
+                        std::optional<Tensor> const& leftpad_k,
+                        std::optional<Tensor> const& batch_idx_k) {
+  Options const options{
+      softmax_scale, window_left,  window_right,
+      softcap,       alibi_slopes, dropout_p,
+      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
+  return std::get<1>(run_forward(q, k, v, &out, options));
 }
 
 Tensor backward_cpu(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor const& v,
@@ -56,6 +78,7 @@ Tensor backward_cpu(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CPU, m) {
   m.impl("forward", TORCH_BOX(&forward_cpu));
+  m.impl("forward_into", TORCH_BOX(&forward_into_cpu));
   m.impl("backward", TORCH_BOX(&backward_cpu));
 }
 

@@ -28,20 +28,11 @@ struct Workspace {
   void* ptr = nullptr;
 };
 
-std::tuple<Tensor, Tensor> forward_cuda(
-    Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
-    int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
-    double dropout_p, std::optional<Tensor> const& rng_state, std::optional<Tensor> const& sink,
-    std::optional<Tensor> const& cu_seqlens_q, std::optional<Tensor> const& cu_seqlens_k,
-    std::optional<Tensor> const& seqused_k, std::optional<Tensor> const& leftpad_k,
-    std::optional<Tensor> const& batch_idx_k) {
+std::tuple<Tensor, Tensor> run_forward(Tensor const& q, Tensor const& k, Tensor const& v,
+                                       Tensor const* out, Options const& options) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
-  Options const options{
-      softmax_scale, window_left,  window_right,
-      softcap,       alibi_slopes, dropout_p,
-      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
-  ForwardCall call(q, k, v, options, kAlignment);
+  ForwardCall call(q, k, v, out, options, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   ForwardConfig const& config = device.forward_config(call.dtype, call.params);
   if (call.is_empty()) {
@@ -60,7 +51,39 @@ std::tuple<Tensor, Tensor> forward_cuda(
     run(sm80::forward_workspace_bytes(config, call.params),
         [&] { sm80::forward(config, call.params, device.properties(), stream); });
   }
+  call.finish(out);
   return {call.out, call.softmax_lse};
+}
+
+std::tuple<Tensor, Tensor> forward_cuda(
+    Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
+    double dropout_p, std::optional<Tensor> const& rng_state, std::optional<Tensor> const& sink,
+    std::optional<Tensor> const& cu_seqlens_q, std::optional<Tensor> const& cu_seqlens_k,
+    std::optional<Tensor> const& seqused_k, std::optional<Tensor> const& leftpad_k,
+    std::optional<Tensor> const& batch_idx_k) {
+  Options const options{
+      softmax_scale, window_left,  window_right,
+      softcap,       alibi_slopes, dropout_p,
+      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
+  return run_forward(q, k, v, nullptr, options);
+}
+
+Tensor forward_into_cuda(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& out,
+                         double softmax_scale, int64_t window_left, int64_t window_right,
+                         double softcap, std::optional<Tensor> const& alibi_slopes,
+                         double dropout_p, std::optional<Tensor> const& rng_state,
+                         std::optional<Tensor> const& sink,
+                         std::optional<Tensor> const& cu_seqlens_q,
+                         std::optional<Tensor> const& cu_seqlens_k,
+                         std::optional<Tensor> const& seqused_k,
+                         std::optional<Tensor> const& leftpad_k,
+                         std::optional<Tensor> const& batch_idx_k) {
+  Options const options{
+      softmax_scale, window_left,  window_right,
+      softcap,       alibi_slopes, dropout_p,
+      rng_state,     sink,         {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k}};
+  return std::get<1>(run_forward(q, k, v, &out, options));
 }
 
 Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor const& v,
@@ -123,6 +146,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward_cuda));
+  m.impl("forward_into", TORCH_BOX(&forward_into_cuda));
   m.impl("backward", TORCH_BOX(&backward_cuda));
 }
 

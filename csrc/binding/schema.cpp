@@ -11,6 +11,12 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
       "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, Tensor? leftpad_k=None, "
       "Tensor? batch_idx_k=None) -> (Tensor out, Tensor softmax_lse)");
   m.def(
+      "forward_into(Tensor q, Tensor k, Tensor v, Tensor(a!) out, float softmax_scale, "
+      "int window_left, int window_right, *, float softcap=0.0, Tensor? alibi_slopes=None, "
+      "float dropout_p=0.0, Tensor? rng_state=None, Tensor? sink=None, Tensor? cu_seqlens_q=None, "
+      "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, Tensor? leftpad_k=None, "
+      "Tensor? batch_idx_k=None) -> Tensor softmax_lse");
+  m.def(
       "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, float softmax_scale, "
       "int window_left, int window_right, bool deterministic, *, float softcap=0.0, "
