@@ -307,8 +307,9 @@ def flash_attn_with_kvcache(
             window_size_right=right,
             softcap=softcap,
         )
-    nothing = softmax_lse.new_empty(0)
-    return (out, softmax_lse, nothing, nothing) if return_softmax_lse else out
+    if not return_softmax_lse:
+        return out
+    return out, softmax_lse, softmax_lse.new_empty(0), softmax_lse.new_empty(0)
 
 
 def flash_attn_combine(

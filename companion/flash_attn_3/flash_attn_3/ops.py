@@ -75,6 +75,11 @@ def minus_inf_where_empty(softmax_lse: Tensor) -> Tensor:
     return torch.where(softmax_lse == math.inf, -math.inf, softmax_lse)
 
 
+def _nothing(q: Tensor, count: int) -> list[Tensor]:
+    """Results that these kernels have no use for. An op's results are tensors of their own."""
+    return [q.new_empty(0, dtype=torch.float32) for _ in range(count)]
+
+
 def _window(is_causal: bool, left: int, right: int) -> tuple[int, int]:
     return left if left >= 0 else -1, 0 if is_causal else right if right >= 0 else -1
 
@@ -114,7 +119,7 @@ def fwd(
     num_splits: int = 0,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """out and softmax_lse of dense, packed, cached or paged tensors; two empty tensors."""
     refuse(
         attention_chunk,
@@ -127,7 +132,6 @@ def fwd(
         v_descale=v_descale,
     )
     window = _window(is_causal, window_size_left, window_size_right)
-    nothing = q.new_empty(0, dtype=torch.float32)
     if cu_seqlens_q is None and (k_new is not None or page_table is not None):
         result, softmax_lse = flash_attn_with_kvcache(
             q,
@@ -148,7 +152,7 @@ def fwd(
             return_softmax_lse=True,
         )
         result = result if out is None else out.copy_(result)
-        return result, minus_inf_where_empty(softmax_lse), nothing, nothing
+        return result, minus_inf_where_empty(softmax_lse), *_nothing(q, 2)
     refuse(k_new=k_new, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
     if page_table is not None:
         k, v = gather_pages(k, page_table), gather_pages(v, page_table)
@@ -168,7 +172,7 @@ def fwd(
         softmax_lse = forward_into(out, *arguments)
     if may_have_empty_rows(q, k, window, extras):
         softmax_lse = minus_inf_where_empty(softmax_lse)
-    return out, softmax_lse, nothing, nothing
+    return out, softmax_lse, *_nothing(q, 2)
 
 
 def bwd(
@@ -194,7 +198,7 @@ def bwd(
     softcap: float = 0.0,
     deterministic: bool = False,
     sm_margin: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Writes dq, dk and dv; rowsum(dout * out), rows padded to 128, and four empty tensors."""
     refuse(seqused_q=seqused_q, seqused_k=seqused_k)
     for name, gradient in (("dq", dq), ("dk", dk), ("dv", dv)):
@@ -216,8 +220,7 @@ def bwd(
         None,
         options,
     )
-    nothing = softmax_d.new_empty(0)
-    return softmax_d, nothing, nothing, nothing, nothing
+    return softmax_d, *_nothing(q, 4)
 
 
 def fwd_combine(

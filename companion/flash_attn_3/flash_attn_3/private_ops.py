@@ -42,7 +42,7 @@ def _flash_attn_forward(
     num_splits: int = 1,
     pack_gqa: bool | None = None,
     sm_margin: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`torch.ops.flash_attn_3.fwd` by other names of its arguments: out, softmax_lse, two empty."""
     return fwd(
         q,
