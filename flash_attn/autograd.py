@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +18,10 @@ from flash_attn.extras import Extras
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIM_STEP = 8  # CUDA kernels read rows of whole 16-byte pieces
+
+# DTensor and its attention, once flash_attn.sharding is imported: that imports
+# torch.distributed.tensor, which takes a second.
+sharded: tuple[type, Callable[..., tuple[Tensor, Tensor]]] | None = None
 
 # (softcap, dropout_p, names of the option tensors, which follow q, k and v): None without options.
 Options = tuple[float, float, tuple[str, ...]]
@@ -224,6 +231,13 @@ def padded_on_cuda(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     return tuple([_pad_columns(tensor) for tensor in tensors])
 
 
+def _import_sharding(tensor: Tensor) -> None:
+    """Imports flash_attn.sharding if a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(tensor, module.DTensor):
+        importlib.import_module("flash_attn.sharding")
+
+
 def attention(
     tensors: tuple[Tensor, ...],
     softmax_scale: float,
@@ -242,25 +256,30 @@ def attention(
     if not torch.compiler.is_compiling():
         _reject_transforms(tensors)
         apply, forward = _apply, ops.forward_eager
+        if type(tensors[0]) is not Tensor:
+            _import_sharding(tensors[0])
+    if sharded is not None and isinstance(tensors[0], sharded[0]):
+        arguments = (softmax_scale, window_left, window_right, deterministic)
+        return sharded[1](tensors, *arguments, extras)
     if softmax_scale <= 0.0:
         tensors, softmax_scale = fold_scale(tensors, softmax_scale)
     head_dim_v = tensors[-1].size(-1)
     padded = padded_on_cuda(tensors) if tensors[0].is_cuda else None
     if padded is not None:
         tensors = padded
-    arguments = (softmax_scale, window_left, window_right)
+    numbers = (softmax_scale, window_left, window_right)
     if torch.is_grad_enabled() and (
         any([tensor.requires_grad for tensor in tensors])
         or (extras is not None and _sink_requires_grad(extras))
     ):
         if extras is None:
-            out, softmax_lse = apply(*arguments, deterministic, None, *tensors)
+            out, softmax_lse = apply(*numbers, deterministic, None, *tensors)
         else:
-            out, softmax_lse = apply(*arguments, deterministic, *_flat(tensors, extras))
+            out, softmax_lse = apply(*numbers, deterministic, *_flat(tensors, extras))
     elif extras is None:
-        out, softmax_lse = forward(*unpack(tensors), *arguments)
+        out, softmax_lse = forward(*unpack(tensors), *numbers)
     else:
-        out, softmax_lse = forward(*unpack(tensors), *arguments, **extras)
+        out, softmax_lse = forward(*unpack(tensors), *numbers, **extras)
     return out[..., :head_dim_v] if padded is not None else out, softmax_lse
 
 
