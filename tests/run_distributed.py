@@ -236,6 +236,7 @@ def main(names: list[str]) -> None:
             SCENARIOS[name]()
             if dist.get_rank() == 0:
                 print(f"{name}: {dist.get_world_size()} processes on {DEVICE} agree with one")
+        dist.barrier()  # no process leaves while another still talks to it
     finally:
         dist.destroy_process_group()
 
