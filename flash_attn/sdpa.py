@@ -250,8 +250,10 @@ def _kernel(name: str, device: str) -> Callable[..., Any]:
     probabilities, which torch's kernel returns in a layout of its own."""
     ours = _KERNELS[name]
     theirs: Any = None
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", device):
-        theirs = torch.library.get_kernel(f"aten::{name}", device)
+    get_kernel = getattr(torch.library, "get_kernel", None)  # not in every torch
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", device)
+    if get_kernel is not None and has_kernel:
+        theirs = get_kernel(f"aten::{name}", device)
     schema = getattr(torch.ops.aten, name).default._schema
     names = [argument.name for argument in schema.arguments]
     at = names.index(_DEBUG_MASK) if _DEBUG_MASK in names else len(names)

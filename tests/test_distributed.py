@@ -33,6 +33,6 @@ def test_two_processes_agree_with_one(device: str) -> None:
     assert [line.split(":")[0] for line in said.splitlines() if "agree" in line] == SCENARIOS
 
 
-def test_a_difference_fails() -> None:
+def test_a_failing_scenario_fails() -> None:
     with pytest.raises(AssertionError, match="KeyError"):
         run("cpu", "no such scenario")

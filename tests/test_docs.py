@@ -12,7 +12,7 @@ import torch
 import flash_attn
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/sm80.md", "docs/forward_sm90.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/sm80.md", "docs/forward_sm90.md", "docs/pytorch.md")
 
 
 def text_of(page: str) -> str:
@@ -26,6 +26,19 @@ def test_the_example_runs() -> None:
     assert names["out"].shape == names["q"].shape
     assert names["softmax_lse"].dtype == torch.float32
     assert all(names[name].grad is not None for name in "qkv")
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", text_of("docs/pytorch.md"), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_of_torchs_tools_run(example: str) -> None:
+    """Short ones, and what they import and activate is left as it was."""
+    assert len(example.splitlines()) <= 16
+    if "activate_flash_attention_impl" in example:
+        pytest.importorskip("torch.nn.attention._fa3", reason="torch can't restore")
+    exec(example, {})
+    assert torch.nn.attention.current_flash_attention_impl() is None
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from backends import on_backends, on_devices, usual_dtype
 from cases import Case, make_gradients, make_inputs
-from compare import Results, check_results, gradients
+from compare import Results, assert_nearly_equal, check_results, gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -173,7 +173,7 @@ def test_packed_sequences(device: str) -> None:
         short = flash_attn_interface.flash_attn_varlen_func(*given, seqused_k=used, causal=True)
         assert not short[30:71].any()
         one = flash_attn_func(q[None, 71:], k[None, 105:114], v[None, 105:114], causal=True)
-        torch.testing.assert_close(short[71:], one[0])
+        assert_nearly_equal(short[71:], one[0])
     with pytest.raises(NotImplementedError, match="seqused_k: expected None where gradients"):
         flash_attn_interface.flash_attn_varlen_func(*given, seqused_k=used)
 
@@ -232,7 +232,7 @@ def test_a_step_of_decoding(is_paged: bool, device: str) -> None:
         q.flatten(0, 1), *ours, cache_seqlens=lengths + 3, page_table=pages, cu_seqlens_q=borders
     )
     dense = cached_attention(q, *ours, cache_seqlens=lengths + 3, block_table=pages)
-    torch.testing.assert_close(flat, dense.flatten(0, 1))
+    assert_nearly_equal(flat, dense.flatten(0, 1))
 
 
 @on_devices
@@ -248,8 +248,8 @@ def test_combine(device: str) -> None:
     lses = torch.stack([lse.transpose(1, 2) for _, lse in parts])
     out, lse = flash_attn_interface.flash_attn_combine(outs, lses, out_dtype=q.dtype)
     assert out.dtype == q.dtype
-    torch.testing.assert_close(out, whole)
-    torch.testing.assert_close(lse.transpose(1, 2), whole_lse)
+    assert_nearly_equal(out, whole)
+    assert_nearly_equal(lse.transpose(1, 2), whole_lse)
     nothing, no_lse = flash_attn_interface.flash_attn_combine(outs[:1], lses[:1])
     assert not nothing.any() and (no_lse == -math.inf).all()
     with pytest.raises(ValueError, match="lse_partial: expected the shape of out_partial"):
@@ -343,7 +343,7 @@ def test_compiled_training_step(device: str) -> None:
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     got = torch.autograd.grad(compiled(*inputs), inputs)
     for one, other in zip(got, torch.autograd.grad(step(*inputs), inputs), strict=True):
-        torch.testing.assert_close(one, other)
+        assert_nearly_equal(one, other)
 
 
 def test_flops() -> None:
