@@ -62,15 +62,16 @@ def check_sharded(
     mesh: Any, placements: tuple[Placement, ...], expected: tuple[Placement, ...], heads_k: int
 ) -> None:
     """q, k, v with a sink and ALiBi: out, softmax_lse and all gradients."""
-    values = [random(3, 20, 8, 16), random(3, 33, heads_k, 16), random(3, 33, heads_k, 24)]
-    slopes = random(3, 8).float().abs()
+    heads = 2 * heads_k
+    values = [random(3, 20, heads, 16), random(3, 33, heads_k, 16), random(3, 33, heads_k, 24)]
+    slopes = random(3, heads).float().abs()
 
     def run(q: Tensor, k: Tensor, v: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
         options = dict(causal=True, alibi_slopes=slopes, deterministic=True)
         out, lse = flash_attn_func(q, k, v, sink=sink, return_softmax_lse=True, **options)
         return out, lse
 
-    sinks = [random(8).float().requires_grad_() for _ in range(2)]
+    sinks = [random(heads).float().requires_grad_() for _ in range(2)]
     leaves = [value.clone().requires_grad_() for value in values]
     parts = [distribute_tensor(v, mesh, placements).requires_grad_() for v in values]
     whole, shared = run(*leaves, sinks[0]), run(*parts, sinks[1])
@@ -78,7 +79,7 @@ def check_sharded(
     for name, one, other in zip(("out", "softmax_lse"), shared, whole, strict=True):
         assert one.shape == other.shape and one.stride() == other.stride()
         assert_close(name, one, other)
-    weight = random(3, 20, 8, 24)
+    weight = random(3, 20, heads, 24)
     whole_loss = (whole[0] * weight).sum() + whole[1].sum()
     spread = distribute_tensor(weight, mesh, expected)
     shared_loss = (shared[0] * spread).sum() + shared[1].sum()
@@ -93,16 +94,12 @@ def sharded() -> None:
     ranks = dist.get_world_size()
     mesh = init_device_mesh(DEVICE, (ranks,))
     whole = (Replicate(),)
-    for heads_k in (4, 1):
+    for heads_k in (2 * ranks, ranks + 1):  # the second can't be divided among the ranks
         for placement in (Replicate(), Shard(0), Shard(1), Shard(2)):
-            is_split = placement in (Shard(0), Shard(2)) and not (
-                placement == Shard(2) and heads_k % ranks != 0
-            )
-            if placement == Shard(2) and heads_k < ranks:
-                continue  # no such tensors
-            check_sharded(mesh, (placement,), (placement,) if is_split else whole, heads_k)
+            stays = placement == Shard(0) or (placement == Shard(2) and heads_k % ranks == 0)
+            check_sharded(mesh, (placement,), (placement,) if stays else whole, heads_k)
     grid = init_device_mesh(DEVICE, (1, ranks))
-    check_sharded(grid, (Shard(0), Shard(2)), (Shard(0), Shard(2)), 4)
+    check_sharded(grid, (Shard(0), Shard(2)), (Shard(0), Shard(2)), 2 * ranks)
 
 
 def packed_heads() -> None:

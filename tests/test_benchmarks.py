@@ -359,4 +359,4 @@ def test_one_command_for_all_benchmarks() -> None:
         assert option in shown.stdout
     wrong = subprocess.run([*command, "nosuch"], capture_output=True, text=True, cwd=FOLDER.parent)
     assert wrong.returncode == 2
-    assert "expected one of attention, host, cpu, builds, got nosuch" in wrong.stdout
+    assert "expected one of attention, sdpa, host, cpu, builds, got nosuch" in wrong.stdout
