@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 export FLASH_ATTN_WERROR := 1
 
 .DEFAULT_GOAL := build
-.PHONY: demo test test-gpu sanitize bench env build host kernels kernel-table check format wheel clean
+.PHONY: demo test test-gpu sanitize bench env build host kernels kernel-table check format hub wheel wheel-fa3 clean
 
 demo: build
 	$(RUN) examples/train_gpt.py
@@ -90,8 +90,16 @@ format: $(READY)
 	$(TOOLS)/ruff check --fix-only .
 	$(TOOLS)/ruff format .
 
+# The package as a kernel of Hugging Face's `kernels`, in dist/hub.
+hub: build
+	$(RUN) tools/make_hub.py
+
 wheel: $(READY)
 	PATH="$(abspath $(TOOLS)):$$PATH" $(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .
 
+# FlashAttention-3's functions and ops on this package: pure Python.
+wheel-fa3: $(READY)
+	$(RUN) -m pip wheel --no-build-isolation --no-deps -w dist companion/flash_attn_3
+
 clean:
-	rm -rf build dist flash_attn.egg-info flash_attn/_C.abi3.so
+	rm -rf build dist companion/*/build *.egg-info companion/*/*.egg-info flash_attn/_C.abi3.so

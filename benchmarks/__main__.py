@@ -2,6 +2,8 @@
 
 python -m benchmarks                            every benchmark for this machine
 python -m benchmarks attention [option ...]     TFLOP/s of one call: dense, packed, with options
+python -m benchmarks sdpa [option ...]          PyTorch's attention on our kernels: attention with
+                                                other defaults
 python -m benchmarks host [option ...]          host microseconds of one call
 python -m benchmarks cpu [option ...]           the CPU backend beside PyTorch's own
 python -m benchmarks builds OLD.so NEW.so ...   two builds of this package: before and after
@@ -15,16 +17,21 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 SCRIPTS = {
     "attention": "bench_attention.py",
+    "sdpa": "bench_attention.py",
     "host": "host_time.py",
     "cpu": "bench_cpu.py",
     "builds": "compare_builds.py",
+}
+DEFAULTS = {
+    "sdpa": "--contenders ours,sdpa_ours,sdpa_fa3,cudnn --seqlens 4096,8192,16384".split(),
 }
 FOR_GPU, FOR_CPU = ("attention", "host"), ("cpu", "host")
 
 
 def run(name: str, options: list[str]) -> int:
     """In a process of its own, so that no benchmark inherits another's memory or settings."""
-    return subprocess.run([sys.executable, str(FOLDER / SCRIPTS[name]), *options]).returncode
+    command = [sys.executable, str(FOLDER / SCRIPTS[name]), *DEFAULTS.get(name, []), *options]
+    return subprocess.run(command).returncode
 
 
 def main(arguments: list[str]) -> int:
@@ -32,7 +39,7 @@ def main(arguments: list[str]) -> int:
         return run(arguments[0], arguments[1:])
     if arguments and arguments[0] in ("-h", "--help"):
         print(__doc__)
-        for name in SCRIPTS:
+        for name in (name for name in SCRIPTS if name not in DEFAULTS):
             print(f"== {name}", flush=True)
             run(name, ["--help"])
         return 0

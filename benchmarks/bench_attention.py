@@ -12,7 +12,8 @@ Contenders: ours; sm80, which is ours without the kernels of newer GPUs; dense, 
 packed sequences of equal lengths as a dense batch; fa2, cudnn and sdpa, which are PyTorch's
 FlashAttention-2, PyTorch's cuDNN attention and whatever PyTorch picks itself; fa3 and fa4,
 FlashAttention-3 and -4, where a module peer_fa3 or flash_attn.cute can be imported; ours_det and
-fa3_det, with deterministic gradients. "best" is the fastest of those that are not ours. A contender
+fa3_det, with deterministic gradients; sdpa_ours and sdpa_fa3, which are PyTorch's attention on our
+kernels. "best" is the fastest of those that are not ours. A contender
 that does not know an option of a problem has no figure there.
 
 Times are medians of interleaved rounds on random tensors, backward for the gradients of q, k and v;

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,6 +68,32 @@ def sdpa(*backends: SDPBackend) -> Contender:
     if not backends:
         return Contender(attention)
     return Contender(attention, lambda: sdpa_kernel(list(backends)))
+
+
+def through_torch(implementation: str) -> Contender:
+    """PyTorch's attention on our kernels, by a name of PyTorch's registry of implementations; "FA3"
+    finds them through the companion distribution."""
+    import flash_attn  # noqa: F401
+
+    registry, on_our_kernels = torch.nn.attention, sdpa(SDPBackend.FLASH_ATTENTION)
+    if implementation not in registry.list_flash_attention_impls():
+        raise ImportError(f"this PyTorch has no attention implementation {implementation}")
+
+    @contextmanager
+    def selected() -> Iterator[None]:
+        registry.activate_flash_attention_impl(implementation)
+        try:
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                yield
+        finally:
+            registry.restore_flash_attention_impl()
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+        if not q.is_cuda:
+            raise NotImplementedError("PyTorch has attention of its own on CPU")
+        return on_our_kernels(q, k, v, problem)
+
+    return Contender(attention, selected)
 
 
 def with_mask(
@@ -150,13 +176,16 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "fa3_det": lambda: fa3(deterministic=True),
     "fa4": fa4,
     "sdpa": sdpa,
+    "sdpa_ours": lambda: through_torch("flash_attn"),
+    "sdpa_fa3": lambda: through_torch("FA3"),
 }
 
 
 def load(names: list[str]) -> tuple[dict[str, Contender], dict[str, str]]:
     """The contenders that can be had, and why the others cannot."""
-    # The source tree, if the package is not installed.
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    # The source trees, if the packages are not installed.
+    root = Path(__file__).resolve().parent.parent
+    sys.path += [str(root), str(root / "companion" / "flash_attn_3")]
     contenders, why_not = {}, {}
     for name in names:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 
 BEST = "best"  # stands for the fastest right contender of each row that is not ours
-OURS = ("ours", "ours_det", "sm80", "dense")
+OURS = ("ours", "ours_det", "sm80", "dense", "sdpa_ours", "sdpa_fa3")
 NAME_WIDTH = 27  # of a problem, where no longer one is in the table
 
 

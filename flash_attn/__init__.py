@@ -14,6 +14,7 @@ from flash_attn.flash_attn_interface import (  # noqa: E402
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from flash_attn.sdpa import register  # noqa: E402
 from flash_attn.version import __version__  # noqa: E402
 
 __all__ = [
@@ -26,3 +27,6 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+register()
+del register

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +18,10 @@ from flash_attn.extras import Extras, check_deterministic_bias, with_precision
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _HEAD_DIM_STEP = 8  # CUDA kernels read rows of whole 16-byte pieces
+
+# DTensor and its attention, once flash_attn.sharding is imported: that imports
+# torch.distributed.tensor, which takes a second.
+sharded: tuple[type, Callable[..., tuple[Tensor, Tensor]]] | None = None
 
 
 class Options(NamedTuple):
@@ -244,6 +251,13 @@ def padded_on_cuda(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
     return tuple([_pad_columns(tensor) for tensor in tensors])
 
 
+def _import_sharding(tensor: Tensor) -> None:
+    """Imports flash_attn.sharding if a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and isinstance(tensor, module.DTensor):
+        importlib.import_module("flash_attn.sharding")
+
+
 def attention(
     tensors: tuple[Tensor, ...],
     softmax_scale: float,
@@ -264,6 +278,11 @@ def attention(
     if not torch.compiler.is_compiling():
         _reject_transforms(tensors)
         apply, forward = _apply, ops.forward_eager
+        if type(tensors[0]) is not Tensor:
+            _import_sharding(tensors[0])
+    if sharded is not None and isinstance(tensors[0], sharded[0]):
+        arguments = (softmax_scale, window_left, window_right, deterministic)
+        return sharded[1](tensors, *arguments, extras)
     if softmax_scale <= 0.0:
         tensors, softmax_scale = fold_scale(tensors, softmax_scale)
     head_dim_v = tensors[-1].size(-1)
@@ -273,24 +292,24 @@ def attention(
         padded = padded_on_cuda(tensors)
     if padded is not None:
         tensors = padded
-    arguments = (softmax_scale, window_left, window_right)
+    numbers = (softmax_scale, window_left, window_right)
     if torch.is_grad_enabled() and (
         any([tensor.requires_grad for tensor in tensors])
         or (extras is not None and _any_requires_grad(extras))
     ):
         if extras is None:
-            out, *statistics = apply(*arguments, deterministic, None, *tensors)
+            out, *statistics = apply(*numbers, deterministic, None, *tensors)
         else:
             if deterministic and _requires_grad(extras, "bias"):
                 check_deterministic_bias(*unpack(tensors)[:2], extras["bias"])
-            out, *statistics = apply(*arguments, deterministic, *_flat(tensors, extras))
+            out, *statistics = apply(*numbers, deterministic, *_flat(tensors, extras))
     elif extras is None:
-        out, *statistics = forward(*unpack(tensors), *arguments)
+        out, *statistics = forward(*unpack(tensors), *numbers)
     elif "max_logits" in extras:
         given = {name: value for name, value in extras.items() if name != "max_logits"}
-        out, *statistics = ops.forward_with_max_logits(*unpack(tensors), *arguments, **given)
+        out, *statistics = ops.forward_with_max_logits(*unpack(tensors), *numbers, **given)
     else:
-        out, *statistics = forward(*unpack(tensors), *arguments, **extras)
+        out, *statistics = forward(*unpack(tensors), *numbers, **extras)
     return out[..., :head_dim_v] if padded is not None else out, *statistics
 
 
@@ -310,6 +329,27 @@ def forward_only(
     q, k, v = folded if padded is None else padded
     out, softmax_lse = ops.forward(q, k, v, softmax_scale, window_left, window_right, **options)
     return out if padded is None else out[..., : tensors[2].size(-1)], softmax_lse
+
+
+def forward_into(
+    out: Tensor,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    softmax_scale: float,
+    window_left: int,
+    window_right: int,
+    extras: Extras,
+) -> Tensor:
+    """softmax_lse of q, k and v, as forward_only(); the output goes to `out`, whatever its strides,
+    as long as the last dimension is contiguous."""
+    is_padded = tensors[0].is_cuda and padded_on_cuda(tensors) is not None
+    if softmax_scale > 0.0 and not is_padded:
+        softmax_lse: Tensor = ops.forward_into(
+            *tensors, out, softmax_scale, window_left, window_right, **extras
+        )
+        return softmax_lse
+    computed, softmax_lse = forward_only(tensors, softmax_scale, window_left, window_right, extras)
+    out.copy_(computed)
+    return softmax_lse
 
 
 def _requires_grad(extras: Extras, name: str) -> bool:

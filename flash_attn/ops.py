@@ -70,16 +70,19 @@ def build_info() -> BuildInfo:
 forward: Any
 forward_eager: Any
 forward_with_max_logits: Any
+forward_into: Any
 backward: Any
 cuda_archs: tuple[str, ...]
 if load_error is None:
     forward = torch.ops.flash_attn.forward.default
     forward_eager = getattr(forward, "_op", forward)
     forward_with_max_logits = torch.ops.flash_attn.forward_with_max_logits.default
+    forward_into = torch.ops.flash_attn.forward_into.default
     backward = torch.ops.flash_attn.backward.default
     cuda_archs = tuple(build_info()["cuda_archs"])
 else:
-    forward = forward_eager = forward_with_max_logits = backward = _raise_not_loaded
+    forward = forward_eager = forward_with_max_logits = _raise_not_loaded
+    forward_into = backward = _raise_not_loaded
     cuda_archs = ()
 
 
@@ -111,12 +114,12 @@ def backward_sections(heads: int) -> AbstractContextManager[None]:
 
 
 def raise_no_cuda_backend() -> NoReturn:
-    """For a call with CUDA tensors in a build without CUDA kernels."""
+    """For what needs CUDA kernels in a build without them."""
     if load_error is not None:
         _raise_not_loaded()
     raise RuntimeError(
-        "flash_attn: q is a CUDA tensor, but this build holds the CPU backend only. Build the CUDA "
-        f"backends (needs nvcc, but no GPU): {_INSTALL_CUDA}"
+        "flash_attn: CUDA tensors need CUDA kernels, but this build holds the CPU backend only. "
+        f"Build the CUDA backends (needs nvcc, but no GPU): {_INSTALL_CUDA}"
     )
 
 
@@ -165,6 +168,12 @@ def _forward_with_max_logits_fake(
     return out, softmax_lse, q.new_empty(q.size(-2), dtype=torch.float32)
 
 
+def _forward_into_fake(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *arguments: Any, **options: Any
+) -> Tensor:
+    return _forward_fake(q, k, v, *arguments, **options)[1]
+
+
 def _backward_fake(
     dout: Tensor,
     q: Tensor,
@@ -206,12 +215,12 @@ def _pairs(q: Tensor, k: Tensor, options: dict[str, Any]) -> int:
     return int(q.shape[-2]) * pairs
 
 
-def _forward_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> int:
+def forward_flops(q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any) -> int:
     """Two matrix products, counted without a mask, as torch counts its own attention."""
     return 2 * _pairs(q, k, options) * (q.shape[-1] + v.shape[-1])
 
 
-def _backward_flops(
+def backward_flops(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any
 ) -> int:
     """Five matrix products: the scores again, dq and dk; dP and dv."""
@@ -223,9 +232,8 @@ if load_error is None:
     torch.library.register_fake("flash_attn::forward_with_max_logits")(
         _forward_with_max_logits_fake
     )
+    torch.library.register_fake("flash_attn::forward_into")(_forward_into_fake)
     torch.library.register_fake("flash_attn::backward")(_backward_fake)
-    register_flop_formula(torch.ops.flash_attn.forward, get_raw=True)(_forward_flops)
-    register_flop_formula(torch.ops.flash_attn.forward_with_max_logits, get_raw=True)(
-        _forward_flops
-    )
-    register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)(_backward_flops)
+    for op in ("forward", "forward_with_max_logits", "forward_into"):
+        register_flop_formula(getattr(torch.ops.flash_attn, op), get_raw=True)(forward_flops)
+    register_flop_formula(torch.ops.flash_attn.backward, get_raw=True)(backward_flops)

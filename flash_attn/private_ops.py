@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from flash_attn import ops
 from flash_attn.autograd import fold_scale, forward_only
@@ -56,9 +57,9 @@ def _forward(
     return out, softmax_lse, probabilities, rng_state
 
 
-def _backward(
+def run_backward(
     tensors: tuple[Tensor, ...],
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None],
+    gradients: tuple[Tensor | None, ...],
     softmax_scale: float,
     window: tuple[int, int],
     deterministic: bool,
@@ -137,7 +138,7 @@ def _flash_attn_backward(
     softmax_d is rowsum(dout * out). out and softmax_lse may be those of more keys than k has: the
     gradients are then the part that these keys have in them.
     """
-    return _backward(
+    return run_backward(
         (dout, q, k, v, out, softmax_lse),
         (dq, dk, dv),
         softmax_scale,
@@ -226,7 +227,7 @@ def _flash_attn_varlen_backward(
 
     Row i of sequence b is there at (cu_seqlens_q[b] + 128 * b) // 128 * 128 + i.
     """
-    softmax_d = _backward(
+    softmax_d = run_backward(
         (dout, q, k, v, out, softmax_lse),
         (dq, dk, dv),
         softmax_scale,
@@ -258,6 +259,34 @@ _define(_flash_attn_forward)
 _define(_flash_attn_backward, writes=("dq", "dk", "dv"))
 _define(_flash_attn_varlen_forward)
 _define(_flash_attn_varlen_backward, writes=("dq", "dk", "dv"))
+
+
+def _varlen_forward_flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *args: Any,
+    **options: Any,
+) -> int:
+    return ops.forward_flops(q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+
+
+def _varlen_backward_flops(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any, **options: Any
+) -> int:
+    borders = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), args[5:7], strict=False))
+    return ops.backward_flops(dout, q, k, v, **{**borders, **options})
+
+
+for _name, _formula in (
+    ("_flash_attn_forward", ops.forward_flops),
+    ("_flash_attn_backward", ops.backward_flops),
+    ("_flash_attn_varlen_forward", _varlen_forward_flops),
+    ("_flash_attn_varlen_backward", _varlen_backward_flops),
+):
+    register_flop_formula(getattr(torch.ops.flash_attn, _name), get_raw=True)(_formula)
 
 _wrapped_flash_attn_forward = torch.ops.flash_attn._flash_attn_forward
 _wrapped_flash_attn_backward = torch.ops.flash_attn._flash_attn_backward

@@ -282,6 +282,21 @@ def test_attention_side_by_side_on_cpu(tmp_path: Path) -> None:
     assert (tmp_path / "run-bwd.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_torchs_attention_on_our_kernels_is_for_the_gpu() -> None:
+    from contenders import load
+    from problems import Problem
+
+    contenders, why_not = load(["sdpa_ours"])
+    assert why_not == {}
+    problem = Problem(1, 40, 40, 4, 2, 16, causal=True)
+    q, k, v, _ = problem.tensors("cpu", torch.float32)
+    with contenders["sdpa_ours"].selected():
+        assert torch.nn.attention.current_flash_attention_impl() == "flash_attn"
+        with pytest.raises(NotImplementedError, match="of its own on CPU"):
+            contenders["sdpa_ours"](q, k, v, problem)
+    assert torch.nn.attention.current_flash_attention_impl() is None
+
+
 def test_unknown_names_are_refused() -> None:
     result = run_script("bench_attention.py", "--grid", "paper,nosuch")
     assert result.returncode == 2
@@ -344,4 +359,4 @@ def test_one_command_for_all_benchmarks() -> None:
         assert option in shown.stdout
     wrong = subprocess.run([*command, "nosuch"], capture_output=True, text=True, cwd=FOLDER.parent)
     assert wrong.returncode == 2
-    assert "expected one of attention, host, cpu, builds, got nosuch" in wrong.stdout
+    assert "expected one of attention, sdpa, host, cpu, builds, got nosuch" in wrong.stdout

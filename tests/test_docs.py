@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "docs"))
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
 PAGES = ("README.md", "CONTRIBUTING.md", *DOCS)
-PAGES_TO_COME = ("docs/install.md", "docs/pytorch.md")
+PAGES_TO_COME = ("docs/install.md",)
 
 
 def text_of(page: str) -> str:
@@ -45,6 +45,19 @@ def test_examples_of_the_site_run(page: str) -> None:
     assert blocks
     for block in blocks:
         exec(block, {})
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", text_of("docs/pytorch.md"), re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_the_examples_of_torchs_tools_run(example: str) -> None:
+    """Short ones, and what they import and activate is left as it was."""
+    assert len(example.splitlines()) <= 16
+    if "activate_flash_attention_impl" in example:
+        pytest.importorskip("torch.nn.attention._fa3", reason="torch can't restore")
+    exec(example, {})
+    assert torch.nn.attention.current_flash_attention_impl() is None
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -10,7 +10,7 @@ import importlib
 
 import pytest
 
-PACKAGES = ["flash_attn_host", "hypothesis", "matplotlib", "numpy", "tqdm"]
+PACKAGES = ["flash_attn_host", "hypothesis", "matplotlib", "mypy", "numpy", "tqdm"]
 
 
 @pytest.mark.parametrize("package", PACKAGES)

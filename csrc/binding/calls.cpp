@@ -56,9 +56,10 @@ Tensor writable(Tensor const& tensor, int alignment) {
   return is_aligned(tensor, alignment) ? tensor : new_like(tensor);
 }
 
-void copy_back(Tensor& given, Tensor const& computed) {
+void copy_back(Tensor const& given, Tensor const& computed) {
   if (given.get() != computed.get()) {
-    torch::stable::copy_(given, computed);
+    Tensor target = given;
+    torch::stable::copy_(target, computed);
   }
 }
 
@@ -89,6 +90,15 @@ Problem checked_inputs(Tensor const& q, Tensor const& k, Tensor const& v,
   check_rows_contiguous("k", k);
   check_rows_contiguous("v", v);
   return problem;
+}
+
+Tensor output(Tensor const* given, Tensor const& q, Tensor const& v, int alignment) {
+  if (given == nullptr) {
+    return new_like(q, v.size(v.dim() - 1));
+  }
+  check_out("out", *given, q, v);
+  check_writable("out", *given);
+  return writable(*given, alignment);
 }
 
 /// Everything but the sizes of q, k and v.
@@ -167,13 +177,14 @@ Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int3
 }
 
 ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in,
-                         Options const& options, bool asks_max_logits, int alignment)
+                         Tensor const* out_given, Options const& options, bool asks_max_logits,
+                         int alignment)
     : dtype(checked_dtype(q_in)),
       problem(checked_inputs(q_in, k_in, v_in, options.sequences)),
       q(readable(q_in, alignment)),
       k(readable(k_in, alignment)),
       v(readable(v_in, alignment)),
-      out(new_like(q, problem.shape.head_dim_v)),
+      out(output(out_given, q, v, alignment)),
       softmax_lse(new_row_statistic(q, problem, problem.shape.seqlen_q)),
       max_logits(asks_max_logits ? std::optional(new_max_logits(q, problem)) : std::nullopt),
       params{
@@ -193,6 +204,12 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
           .max_logits = max_logits ? static_cast<float*>(max_logits->data_ptr()) : nullptr,
           .max_slack = max_logits ? 0.f : kMaxSlack,
           .workspace = nullptr} {}
+
+void ForwardCall::finish(Tensor const* out_given) {
+  if (out_given != nullptr) {
+    copy_back(*out_given, out);
+  }
+}
 
 BackwardCall::BackwardCall(BackwardTensors tensors, Options const& options, bool deterministic,
                            int alignment)

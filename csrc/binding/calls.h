@@ -31,13 +31,18 @@ Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int3
 
 /// One forward call: checked inputs, allocated outputs. `alignment` is what the backend's kernels
 /// need, in bytes: pointers and strides are multiples of it. An input that is not so aligned is
-/// copied; that and a dout without contiguous rows are the only copies ever made.
+/// copied, an output's values are copied to it; those and a dout without contiguous rows are the
+/// only copies ever made.
 struct ForwardCall {
-  ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in, Options const& options,
-              bool asks_max_logits, int alignment);
+  /// `out_given`: where the caller wants the output; null: in a new tensor.
+  ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in, Tensor const* out_given,
+              Options const& options, bool asks_max_logits, int alignment);
 
   /// True if the outputs have no elements.
   bool is_empty() const { return problem.sequences.entries_q == 0 || problem.shape.seqlen_q == 0; }
+
+  /// Brings an output that was computed in an aligned copy to where the caller wants it.
+  void finish(Tensor const* out_given);
 
   DType dtype;
   Problem problem;

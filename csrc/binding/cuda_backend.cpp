@@ -28,30 +28,15 @@ struct Workspace {
   void* ptr = nullptr;
 };
 
-/// out, softmax_lse and, if asked, max_logits.
-template <bool kMaxLogits>
-ForwardResult<kMaxLogits> forward_cuda(
-    Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
-    int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
-    std::optional<Tensor> const& bias, double dropout_p, std::optional<Tensor> const& rng_state,
-    std::optional<Tensor> const& sink, std::optional<Tensor> const& cu_seqlens_q,
-    std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& seqused_k,
-    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k,
-    bool allow_tf32) {
+ForwardCall run_forward(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const* out,
+                        Options const& options, bool asks_max_logits) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
-  Options const options{
-      softmax_scale, window_left,
-      window_right,  softcap,
-      alibi_slopes,  bias,
-      dropout_p,     rng_state,
-      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
-      allow_tf32};
-  ForwardCall call(q, k, v, options, kMaxLogits, kAlignment);
+  ForwardCall call(q, k, v, out, options, asks_max_logits, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   ForwardConfig const& config = device.forward_config(call.dtype, call.params);
   if (call.is_empty()) {
-    return forward_result<kMaxLogits>(call);
+    return call;
   }
   Stream const stream = current_stream(device_index);
   auto const run = [&](std::size_t workspace_bytes, auto const& launch) {
@@ -66,7 +51,48 @@ ForwardResult<kMaxLogits> forward_cuda(
     run(sm80::forward_workspace_bytes(config, call.params),
         [&] { sm80::forward(config, call.params, device.properties(), stream); });
   }
-  return forward_result<kMaxLogits>(call);
+  call.finish(out);
+  return call;
+}
+
+/// out, softmax_lse and, if asked, max_logits.
+template <bool kMaxLogits>
+ForwardResult<kMaxLogits> forward_cuda(
+    Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
+    int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
+    std::optional<Tensor> const& bias, double dropout_p, std::optional<Tensor> const& rng_state,
+    std::optional<Tensor> const& sink, std::optional<Tensor> const& cu_seqlens_q,
+    std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& seqused_k,
+    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k,
+    bool allow_tf32) {
+  Options const options{
+      softmax_scale, window_left,
+      window_right,  softcap,
+      alibi_slopes,  bias,
+      dropout_p,     rng_state,
+      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
+      allow_tf32};
+  return forward_result<kMaxLogits>(run_forward(q, k, v, nullptr, options, kMaxLogits));
+}
+
+Tensor forward_into_cuda(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& out,
+                         double softmax_scale, int64_t window_left, int64_t window_right,
+                         double softcap, std::optional<Tensor> const& alibi_slopes,
+                         std::optional<Tensor> const& bias, double dropout_p,
+                         std::optional<Tensor> const& rng_state, std::optional<Tensor> const& sink,
+                         std::optional<Tensor> const& cu_seqlens_q,
+                         std::optional<Tensor> const& cu_seqlens_k,
+                         std::optional<Tensor> const& seqused_k,
+                         std::optional<Tensor> const& leftpad_k,
+                         std::optional<Tensor> const& batch_idx_k, bool allow_tf32) {
+  Options const options{
+      softmax_scale, window_left,
+      window_right,  softcap,
+      alibi_slopes,  bias,
+      dropout_p,     rng_state,
+      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
+      allow_tf32};
+  return run_forward(q, k, v, &out, options, false).softmax_lse;
 }
 
 Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor const& v,
@@ -133,6 +159,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
   m.impl("forward", TORCH_BOX(&forward_cuda<false>));
   m.impl("forward_with_max_logits", TORCH_BOX(&forward_cuda<true>));
+  m.impl("forward_into", TORCH_BOX(&forward_into_cuda));
   m.impl("backward", TORCH_BOX(&backward_cuda));
 }
 

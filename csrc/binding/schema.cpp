@@ -7,16 +7,18 @@
 #include "binding/explain.h"
 
 STABLE_TORCH_LIBRARY(flash_attn, m) {
-  std::string const forward_arguments =
-      "(Tensor q, Tensor k, Tensor v, float softmax_scale, int window_left, int window_right, *, "
-      "float softcap=0.0, Tensor? alibi_slopes=None, Tensor? bias=None, float dropout_p=0.0, "
-      "Tensor? rng_state=None, Tensor? sink=None, Tensor? cu_seqlens_q=None, "
-      "Tensor? cu_seqlens_k=None, Tensor? seqused_k=None, Tensor? leftpad_k=None, "
-      "Tensor? batch_idx_k=None, bool allow_tf32=False)";
-  m.def(("forward" + forward_arguments + " -> (Tensor out, Tensor softmax_lse)").c_str());
-  m.def(("forward_with_max_logits" + forward_arguments +
-         " -> (Tensor out, Tensor softmax_lse, Tensor max_logits)")
-            .c_str());
+  std::string const inputs = "Tensor q, Tensor k, Tensor v, ";
+  std::string const options =
+      "float softmax_scale, int window_left, int window_right, *, float softcap=0.0, "
+      "Tensor? alibi_slopes=None, Tensor? bias=None, float dropout_p=0.0, Tensor? rng_state=None, "
+      "Tensor? sink=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
+      "Tensor? seqused_k=None, Tensor? leftpad_k=None, Tensor? batch_idx_k=None, "
+      "bool allow_tf32=False";
+  auto const define = [&](std::string const& schema) { m.def(schema.c_str()); };
+  define("forward(" + inputs + options + ") -> (Tensor out, Tensor softmax_lse)");
+  define("forward_with_max_logits(" + inputs + options +
+         ") -> (Tensor out, Tensor softmax_lse, Tensor max_logits)");
+  define("forward_into(" + inputs + "Tensor(a!) out, " + options + ") -> Tensor softmax_lse");
   m.def(
       "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse, "
       "Tensor? dlse, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, float softmax_scale, "
