@@ -329,7 +329,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
   }
   auto const first_key = [&] { return tile.n_block * kConfig.tile_n; };
   int visits_left = tile.num_visits(shape);
-  QueryVisit next_visit = tile.first_visit(shape);
+  QueryVisit visit = tile.first_visit(shape);
 
   CopyK::load(smem + Traits::kSmemK, key_rows<Traits>(params.k, tile, shape.head_dim), first_key(),
               threadIdx.x);
@@ -337,16 +337,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
               first_key(), threadIdx.x);
   cp_async_commit();
   if (visits_left > 0) {
-    load_visit<Traits>(params, smem, tile.sequence, next_visit, visits_left % Traits::kStages);
+    load_visit<Traits>(params, smem, tile.sequence, visit, visits_left % Traits::kStages);
   }
 
   float acc_dk[Traits::kNDkv][2 * Traits::kDDkv][4], acc_dv[Traits::kNDkv][2 * Traits::kDDkv][4];
   clear(acc_dk);
   clear(acc_dv);
   DropoutKey const dropout_key(kConfig.extras ? params.dropout : Dropout{});
-  for (; visits_left > 0; --visits_left) {
-    QueryVisit const visit = next_visit;
-    next_visit = tile.after(visit);
+  for (; visits_left > 0; --visits_left, visit = tile.after(visit)) {
     int const stage = visits_left % Traits::kStages;
     uint32_t const stage_bytes = stage * Traits::TileQ::kBytes;
     auto const first_row = [&] {
@@ -354,7 +352,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     };
     auto const copy_next_visit = [&] {
       if (visits_left > 1) {
-        load_visit<Traits>(params, smem, tile.sequence, next_visit,
+        load_visit<Traits>(params, smem, tile.sequence, tile.after(visit),
                            (visits_left - 1) % Traits::kStages);
       }
     };
