@@ -98,8 +98,13 @@ def fill_in(
     if plan.cuda_home:
         cxx_flags += isystem([str(plan.cuda_home / "include")])
         archs = ",".join(map(str, plan.archs))
+        cuda_version = build_plan.nvcc_version(plan.cuda_home)
         cutlass_include = isystem([str(cutlass.find_include_dir())])
-        nvcc_flags = [*build_plan.NVCC_FLAGS, f"--cuda-archs={archs}", *cutlass_include]
+        nvcc_flags = [
+            *build_plan.nvcc_flags(cuda_version),
+            f"--cuda-archs={archs}",
+            *cutlass_include,
+        ]
         nvcc_flags += ["-Xcompiler=-fvisibility=hidden"]
         extension.library_dirs += [str(plan.cuda_home / "lib64")]
         extension.libraries += ["cudart_static", "dl", "rt"]

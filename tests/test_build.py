@@ -152,6 +152,13 @@ def test_the_module_is_told_its_version_and_that_of_cuda(toolkit: Path) -> None:
     assert gpu[1] == '-DFLASH_ATTN_CUDA_VERSION="13.0"'
 
 
+def test_fat_binaries_are_compressed_by_every_toolkit() -> None:
+    new, old = (build_plan.nvcc_flags(version) for version in ("13.0", "12.3"))
+    assert "--compress-mode=size" in new and "-Xfatbin=-compress-all" in old
+    assert len(old) == len(new) and len(set(old) ^ set(new)) == 2
+    assert build_plan.nvcc_flags("12.10") == build_plan.nvcc_flags("12.8") == new
+
+
 def test_a_malformed_kernel_filter_is_refused() -> None:
     macros = dict(build_plan.define_macros((80,), {"FLASH_ATTN_KERNELS": "fwd/sm80,bwd"}))
     assert macros["FLASH_ATTN_KERNELS"] == '"fwd/sm80,bwd"'

@@ -12,7 +12,7 @@ import torch
 import flash_attn
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/sm80.md", "docs/forward_sm90.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/install.md", "docs/sm80.md", "docs/forward_sm90.md")
 
 
 def text_of(page: str) -> str:

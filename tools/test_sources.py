@@ -24,7 +24,7 @@ from tools.test_wheels import ENVIRONMENTS, IMPORTS, Failed, Row, run
 SOURCES = ENVIRONMENTS / "sources"
 NOT_IN_SDIST = {".gitignore"}
 BUILD_TOOLS = ("setuptools>=77", "wheel", "ninja", "packaging")  # beside torch
-WAYS = (
+WAYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("sdist", ()),
     ("sdist", ("--no-build-isolation",)),
     ("clone", ()),
