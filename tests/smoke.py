@@ -33,6 +33,7 @@ CASES = [
     Case("odd_causal", heads=4, heads_k=2, seqlen_q=65, seqlen_k=131, head_dim=40, causal=True),
     Case("window", seqlen_q=100, seqlen_k=77, head_dim=128, window=(20, 3)),
 ]
+Check = Callable[[str, torch.dtype], None]
 LENGTHS = (37, 0, 90)  # of the packed sequences
 
 
@@ -120,7 +121,7 @@ def main() -> None:
     dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32, torch.bfloat16]
     training_step(device, dtypes[0])
     print(f"first training step after {time.time() - started():.1f} s")
-    checks: list[Callable[[str, torch.dtype], None]] = [check_dense, check_varlen, check_kvcache]
+    checks: list[Check] = [check_dense, check_varlen, check_kvcache]
     for dtype in dtypes:
         for check in checks:
             check(device, dtype)
