@@ -92,6 +92,7 @@ wheel: $(READY)
 
 test-wheels: $(READY)
 	$(RUN) tools/test_wheels.py
+	$(RUN) tools/test_sources.py
 
 sdist: $(READY)
 	rm -rf flash_attn.egg-info
