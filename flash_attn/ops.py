@@ -39,7 +39,7 @@ class BuildInfo(TypedDict):
     rows: list[str]  # compiled CUDA kernels, ["fwd/sm80/128/bf16", ...]
 
 
-def _too_old_torch(version: str) -> str | None:
+def too_old_torch(version: str) -> str | None:
     """What to do if the installed torch is older than the module can run with."""
     found = tuple(map(int, version.split(".")[:2]))
     if found >= OLDEST_TORCH:
@@ -50,7 +50,7 @@ def _too_old_torch(version: str) -> str | None:
 
 def _load() -> str | None:
     """Registers the compiled ops; the reason if that isn't possible."""
-    if too_old := _too_old_torch(torch.__version__):
+    if too_old := too_old_torch(torch.__version__):
         return too_old
     try:
         importlib.import_module("flash_attn._C")
@@ -67,7 +67,7 @@ def _raise_not_loaded(*args: Any, **kwargs: Any) -> NoReturn:
         ". Build it with `pip install .` (needs a C++20 compiler; without a GPU or nvcc the CPU "
         "backend is built)."
     )
-    remedy = "" if _too_old_torch(torch.__version__) else build_it
+    remedy = "" if too_old_torch(torch.__version__) else build_it
     raise RuntimeError(
         "flash_attn: expected the compiled module flash_attn/_C.abi3.so, which could not be "
         f"loaded: {load_error}{remedy}"
