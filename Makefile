@@ -16,7 +16,8 @@ READY := $(VENV)/.ready
 export FLASH_ATTN_WERROR := 1
 
 .DEFAULT_GOAL := build
-.PHONY: demo test test-gpu sanitize bench env build host kernels kernel-table check format hub wheel wheel-fa3 clean
+.PHONY: demo test test-gpu test-wheels sanitize bench docs env build host kernels kernel-table \
+  check format hub wheel wheel-fa3 sdist clean
 
 demo: build
 	$(RUN) examples/train_gpt.py
@@ -94,8 +95,24 @@ format: $(READY)
 hub: build
 	$(RUN) tools/make_hub.py
 
+# One wheel for every machine: CPU and GPU backends, unless FLASH_ATTN_CUDA_ARCHS says otherwise.
+# CUDA=13.0 or CUDA=13.x fetches that compiler; else CUDA_HOME or the machine's is used.
+# The folders of the last build go first: setuptools would put what lies there into the wheel.
 wheel: $(READY)
-	PATH="$(abspath $(TOOLS)):$$PATH" $(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib.* build/bdist.* flash_attn.egg-info
+	$(if $(CUDA),CUDA_HOME=$$($(RUN) tools/cuda_toolkit.py $(CUDA)) || exit 1; export CUDA_HOME;) \
+	PATH="$(abspath $(TOOLS)):$$PATH" FLASH_ATTN_RELEASE=1 \
+	  FLASH_ATTN_CUDA_ARCHS="$${FLASH_ATTN_CUDA_ARCHS-80;90}" \
+	  $(RUN) -m pip wheel --no-build-isolation --no-deps -w dist .
+	$(RUN) tools/check_wheel.py "$$(ls -t dist/*.whl | head -1)"
+
+test-wheels: $(READY)
+	$(RUN) tools/test_wheels.py
+	$(RUN) tools/test_sources.py
+
+sdist: $(READY)
+	rm -rf flash_attn.egg-info
+	$(RUN) setup.py --quiet sdist --dist-dir dist
 
 # FlashAttention-3's functions and ops on this package: pure Python.
 wheel-fa3: $(READY)

@@ -45,15 +45,5 @@ html_theme_options = {
 }
 
 
-OPTIONAL_PAGES = ("install", "pytorch")  # not every tree has them
-
-
-def without_missing_pages(app: Sphinx, name: str, source: list[str]) -> None:
-    for page in OPTIONAL_PAGES:
-        if name == "index" and not (HERE / f"{page}.md").exists():
-            source[0] = source[0].replace(f"\n{page}\n", "\n")
-
-
 def setup(app: Sphinx) -> None:
     docstrings.setup(app)
-    app.connect("source-read", without_missing_pages)

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import register_flop_formula
 from flash_attn.extras import check_bias, check_extras
 from flash_attn.problem import check_qkv
 
+OLDEST_TORCH = (2, 10)  # whose stable ABI the module is written for
+OLDEST_GPU = (8, 0)  # Ampere
 ROW_PADDING = 128  # rows of softmax_d are padded to a multiple of this
 _INSTALL_CUDA = (
     'FLASH_ATTN_CUDA_ARCHS="80;90" pip install --no-build-isolation --force-reinstall --no-deps .'
@@ -37,8 +39,19 @@ class BuildInfo(TypedDict):
     rows: list[str]  # compiled CUDA kernels, ["fwd/sm80/128/bf16", ...]
 
 
+def too_old_torch(version: str) -> str | None:
+    """What to do if the installed torch is older than the module can run with."""
+    found = tuple(map(int, version.split(".")[:2]))
+    if found >= OLDEST_TORCH:
+        return None
+    oldest = "{}.{}".format(*OLDEST_TORCH)
+    return f"it needs torch {oldest} or later, this is {version}: pip install 'torch>={oldest}'"
+
+
 def _load() -> str | None:
     """Registers the compiled ops; the reason if that isn't possible."""
+    if too_old := too_old_torch(torch.__version__):
+        return too_old
     try:
         importlib.import_module("flash_attn._C")
     except (ImportError, OSError) as error:
@@ -50,10 +63,14 @@ load_error: str | None = _load()
 
 
 def _raise_not_loaded(*args: Any, **kwargs: Any) -> NoReturn:
+    build_it = (
+        ". Build it with `pip install .` (needs a C++20 compiler; without a GPU or nvcc the CPU "
+        "backend is built)."
+    )
+    remedy = "" if too_old_torch(torch.__version__) else build_it
     raise RuntimeError(
         "flash_attn: expected the compiled module flash_attn/_C.abi3.so, which could not be "
-        f"loaded: {load_error}. Build it with `pip install .` (needs a C++20 compiler and "
-        "torch >= 2.10; without a GPU or nvcc the CPU backend is built)."
+        f"loaded: {load_error}{remedy}"
     )
 
 
@@ -117,6 +134,12 @@ def raise_no_cuda_backend() -> NoReturn:
     """For what needs CUDA kernels in a build without them."""
     if load_error is not None:
         _raise_not_loaded()
+    if torch.cuda.is_available() and (found := torch.cuda.get_device_capability()) < OLDEST_GPU:
+        raise RuntimeError(
+            f"flash_attn: this GPU is sm_{found[0]}{found[1]}, older than Ampere (sm_80), the "
+            "oldest that there are kernels for. Use a newer GPU, tensors on the CPU, or torch's "
+            "scaled_dot_product_attention."
+        )
     raise RuntimeError(
         "flash_attn: CUDA tensors need CUDA kernels, but this build holds the CPU backend only. "
         f"Build the CUDA backends (needs nvcc, but no GPU): {_INSTALL_CUDA}"

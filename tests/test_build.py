@@ -146,12 +146,17 @@ def test_warnings_fail_the_build_of_developers_only() -> None:
 
 
 def test_the_module_is_told_its_version_and_that_of_cuda(toolkit: Path) -> None:
-    from flash_attn import __version__
-
-    cpu = build_plan.module_facts(build_plan.Plan((), None, ""))
-    assert cpu == [f'-DFLASH_ATTN_VERSION="{__version__}"', '-DFLASH_ATTN_CUDA_VERSION=""']
-    gpu = build_plan.module_facts(build_plan.Plan((80,), toolkit.parent, ""))
+    cpu = build_plan.module_facts(build_plan.Plan((), None, ""), "2.8.3+1")
+    assert cpu == ['-DFLASH_ATTN_VERSION="2.8.3+1"', '-DFLASH_ATTN_CUDA_VERSION=""']
+    gpu = build_plan.module_facts(build_plan.Plan((80,), toolkit.parent, ""), "2.8.3+1")
     assert gpu[1] == '-DFLASH_ATTN_CUDA_VERSION="13.0"'
+
+
+def test_fat_binaries_are_compressed_by_every_toolkit() -> None:
+    new, old = (build_plan.nvcc_flags(version) for version in ("13.0", "12.3"))
+    assert "--compress-mode=size" in new and "-Xfatbin=-compress-all" in old
+    assert len(old) == len(new) and len(set(old) ^ set(new)) == 2
+    assert build_plan.nvcc_flags("12.10") == build_plan.nvcc_flags("12.8") == new
 
 
 def test_a_malformed_kernel_filter_is_refused() -> None:

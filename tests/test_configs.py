@@ -342,3 +342,33 @@ def test_the_filter_compiles_the_named_rows(tmp_path: Path, kernels: str, compil
     subprocess.run([compiler, *flags, define, str(source), "-o", str(program)], check=True)
     answer = subprocess.run([str(program), *NAMES], check=True, capture_output=True, text=True)
     assert answer.stdout == compiled
+
+
+@pytest.mark.parametrize(
+    ("archs", "gpu", "arch"),
+    [
+        ([80, 90], 80, 80),
+        ([80, 90], 86, 80),
+        ([80, 90], 90, 90),
+        ([80, 90], 120, 90),
+        ([86], 90, 86),
+    ],
+)
+def test_a_gpu_runs_the_newest_code_that_is_not_newer(
+    host: ModuleType, archs: list[int], gpu: int, arch: int
+) -> None:
+    assert host.compiled_arch(archs, gpu) == arch
+
+
+@pytest.mark.parametrize(
+    ("archs", "gpu", "message"),
+    [
+        ([80, 90], 75, r"this GPU is sm_75, older than Ampere \(sm_80\).*tensors on the CPU"),
+        ([86, 90], 80, r'this GPU is sm_80, .*"86;90" only; rebuild with .*ARCHS="80"'),
+    ],
+)
+def test_a_gpu_without_code_is_refused_with_what_to_do(
+    host: ModuleType, archs: list[int], gpu: int, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        host.compiled_arch(archs, gpu)

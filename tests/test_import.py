@@ -14,6 +14,7 @@ import torch
 
 import flash_attn
 from flash_attn import flash_attn_func, ops
+from tools import build_plan
 
 PACKAGE = Path(flash_attn.__file__).parent
 
@@ -64,6 +65,47 @@ for call in calls:
             r"loaded: hidden for a test\. Build it with `pip install \.` .*",
             error,
         )
+
+
+def test_a_torch_that_is_too_old_is_named() -> None:
+    """The module isn't even tried: the linker's message names a symbol that says nothing."""
+    output = run(
+        """
+import torch
+torch.__version__ = "2.9.1+cu128"
+import flash_attn, sys
+q = torch.randn(1, 2, 1, 8)
+try:
+    flash_attn.flash_attn_func(q, q, q)
+except RuntimeError as error:
+    print(error, "flash_attn._C" in sys.modules)
+"""
+    )
+    assert output.endswith(
+        "could not be loaded: it needs torch 2.10 or later, this is 2.9.1+cu128: "
+        "pip install 'torch>=2.10' False\n"
+    )
+
+
+def test_oldest_torch_and_gpu_are_those_of_the_build() -> None:
+    oldest = "torch>={}.{}".format(*build_plan.OLDEST_TORCH)
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    assert ops.OLDEST_TORCH == build_plan.OLDEST_TORCH and project.count(f'"{oldest}"') == 2
+    major, minor = ops.OLDEST_GPU
+    assert 10 * major + minor == build_plan.OLDEST_ARCH
+
+
+@pytest.mark.parametrize(
+    ("capability", "message"),
+    [((7, 5), "this GPU is sm_75, older than Ampere"), ((8, 0), "holds the CPU backend only")],
+)
+def test_cuda_tensors_without_kernels_name_the_remedy_that_helps(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(RuntimeError, match=message):
+        ops.raise_no_cuda_backend()
 
 
 def test_import_needs_no_gpu_and_touches_none() -> None:

@@ -155,3 +155,12 @@ def test_rows_are_summed_up_by_pass_and_family() -> None:
         "fwd/sm80: head dims up to 64, 128 in bf16, fp16",
         "bwd/sm80: head dims up to 64 in bf16",
     ]
+
+
+def test_a_torch_that_is_too_old_is_to_be_upgraded() -> None:
+    report = make_report(None)
+    report.torch = "2.9.1"
+    (sentence,) = report_module.missing_parts(report, "why")
+    assert (
+        sentence.endswith("this is 2.9.1: pip install 'torch>=2.10'") and "source" not in sentence
+    )

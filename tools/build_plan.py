@@ -7,6 +7,7 @@ installed.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+OLDEST_TORCH = (2, 10)  # the module's stable ABI: TORCH_TARGET_VERSION
 OLDEST_ARCH = 80  # Ampere: cp.async and bf16 mma.sync
 WHEEL_ARCHS = (80, 90)  # what wheels and CI compile, and where no kernel may spill
 USUAL_CUDA_HOME = Path("/usr/local/cuda")
@@ -32,6 +34,34 @@ class Plan:
     @property
     def arch_list(self) -> str:
         return ";".join(map(str, self.archs))
+
+
+def check_machine(environ: Mapping[str, str] = os.environ, system: str = platform.system()) -> None:
+    """Raises where the module can't be compiled at all, with what to do instead."""
+    if system != "Linux":
+        raise RuntimeError(
+            f"expected Linux, got {system}: flash-attn is built and tested on Linux alone. Use a "
+            f"Linux machine or container, on Windows also WSL2; programs that treat flash-attn as "
+            f"optional work without it."
+        )
+    compiler = environ.get("CXX") or "c++"
+    if shutil.which(compiler.split()[0], path=environ.get("PATH")) is None:
+        raise RuntimeError(
+            f"expected a C++20 compiler ({compiler}, chosen by CXX), found none. Install one (on "
+            f"Debian or Ubuntu: apt-get install g++), or install a wheel of flash-attn, which "
+            f"needs no compiler."
+        )
+
+
+def check_torch(version: str) -> None:
+    """Raises if torch is older than what the module is written for."""
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None or tuple(map(int, found.groups())) < OLDEST_TORCH:
+        oldest = "{}.{}".format(*OLDEST_TORCH)
+        raise RuntimeError(
+            f"expected torch {oldest} or later, found {version}: pip install 'torch>={oldest}', or "
+            f"leave out --no-build-isolation and pip fetches one to build with."
+        )
 
 
 def find_cuda_home(environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -211,25 +241,20 @@ def define_macros(
     arch_list = ";".join(map(str, archs))
     return [
         ("TORCH_STABLE_ONLY", "1"),
-        ("TORCH_TARGET_VERSION", "0x020a000000000000"),
+        ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)),
         ("FLASH_ATTN_CUDA_ARCHS", f'"{arch_list}"'),
         ("FLASH_ATTN_KERNELS", f'"{kernels}"'),
     ]
 
 
-def module_facts(plan: Plan) -> list[str]:
+def module_facts(plan: Plan, version: str) -> list[str]:
     """C++ flags with what the module reports of its build.
 
     nvcc does not get them: a new version then recompiles no kernel.
     """
-    version = re.search(
-        r'^__version__ = "(.+)"$', (ROOT / "flash_attn" / "version.py").read_text(), re.MULTILINE
-    )
-    if version is None:
-        raise RuntimeError("expected __version__ in flash_attn/version.py")
     cuda_version = nvcc_version(plan.cuda_home) if plan.cuda_home else ""
     return [
-        f'-DFLASH_ATTN_VERSION="{version.group(1)}"',
+        f'-DFLASH_ATTN_VERSION="{version}"',
         f'-DFLASH_ATTN_CUDA_VERSION="{cuda_version}"',
     ]
 
@@ -248,15 +273,19 @@ CXX_FLAGS = [
     "-Wno-stringop-overflow",  # GCC 12 reports std::vector's own copies
 ]
 
-NVCC_FLAGS = [
-    "-std=c++20",
-    "-O3",
-    "-DNDEBUG",
-    "--expt-relaxed-constexpr",
-    "--compress-mode=size",
-    "-Xcompiler=-Wall,-Wextra,-Werror",
-    "-Xptxas=-v",  # for the gate, which judges spills and local memory
-]
+
+def nvcc_flags(cuda_version: str) -> list[str]:
+    """Flags of a toolkit "12.9": those that one of 12.3 knows too."""
+    has_modes = tuple(map(int, cuda_version.split("."))) >= (12, 8)
+    return [
+        "-std=c++20",
+        "-O3",
+        "-DNDEBUG",
+        "--expt-relaxed-constexpr",
+        "--compress-mode=size" if has_modes else "-Xfatbin=-compress-all",
+        "-Xcompiler=-Wall,-Wextra,-Werror",
+        "-Xptxas=-v",  # for the gate, which judges spills and local memory
+    ]
 
 
 def cxx_flags(environ: Mapping[str, str] = os.environ) -> list[str]:

@@ -75,10 +75,6 @@ std::vector<int> const& cuda_archs() {
   return archs;
 }
 
-std::string cuda_arch_list() {
-  return FLASH_ATTN_CUDA_ARCHS;
-}
-
 std::string build_info() {
   std::string_view const cuda_version = FLASH_ATTN_CUDA_VERSION;
   std::vector<std::string> archs;

@@ -9,9 +9,6 @@ namespace flash::binding {
 /// CUDA architectures of this build, {80, 90}; empty if only the CPU backend was built.
 std::vector<int> const& cuda_archs();
 
-/// The same as the build was told, "80;90".
-std::string cuda_arch_list();
-
 /// JSON object: version, torch_version (of the headers), cuda_version (null without CUDA),
 /// cuda_archs, kernels (the filter), rows (names of the compiled kernels).
 std::string build_info();

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "binding/build_info.h"
+#include "config/compiled_arch.h"
 #include "config/smem_limit.h"
 #include "sm90/launch.h"
 
@@ -42,22 +43,6 @@ int attribute(cudaDeviceAttr attr, int device_index) {
 
 std::string version_text(int compute_capability) {
   return std::to_string(compute_capability / 10) + "." + std::to_string(compute_capability % 10);
-}
-
-/// The architecture whose code runs on a GPU of `compute_capability`: the newest that is not newer.
-int compiled_arch(int compute_capability) {
-  int newest = 0;
-  for (int const arch : cuda_archs()) {
-    newest = arch <= compute_capability ? std::max(newest, arch) : newest;
-  }
-  if (newest == 0) {
-    throw std::runtime_error(
-        "flash_attn: this GPU has compute capability " + version_text(compute_capability) +
-        ", but this build holds kernels for FLASH_ATTN_CUDA_ARCHS=\"" + cuda_arch_list() +
-        "\" only. The kernels need 8.0 or later; rebuild with FLASH_ATTN_CUDA_ARCHS=\"" +
-        std::to_string(compute_capability) + "\" if the GPU has that.");
-  }
-  return newest;
 }
 
 void check_head_dim_step(char const* name, int head_dim) {
@@ -94,8 +79,10 @@ int usable_smem_bytes(int device_index, int arch) {
 CudaDevice::CudaDevice(int device_index)
     : compute_capability_(10 * attribute(cudaDevAttrComputeCapabilityMajor, device_index) +
                           attribute(cudaDevAttrComputeCapabilityMinor, device_index)),
-      smem_bytes_(usable_smem_bytes(device_index, compiled_arch(compute_capability_))),
-      has_sm90_(compute_capability_ == 90 && compiled_arch(compute_capability_) == 90),
+      smem_bytes_(
+          usable_smem_bytes(device_index, compiled_arch(cuda_archs(), compute_capability_))),
+      has_sm90_(compute_capability_ == 90 &&
+                compiled_arch(cuda_archs(), compute_capability_) == 90),
       properties_{.index = device_index,
                   .num_sms = attribute(cudaDevAttrMultiProcessorCount, device_index),
                   .l2_bytes = attribute(cudaDevAttrL2CacheSize, device_index)} {

@@ -5,6 +5,7 @@
 
 #include "binding/build_info.h"
 #include "binding/json.h"
+#include "config/compiled_arch.h"
 #include "config/select.h"
 #include "config/smem_limit.h"
 
@@ -15,11 +16,10 @@ constexpr int32_t kSomeSequences = 0;  // borders that only have to be there
 
 /// Shared memory that compiled code may count on, on a GPU that grants a thread block so much.
 int usable_smem_bytes(int compute_capability, int granted) {
-  int newest = 0;  // the architecture whose code the GPU runs
-  for (int const arch : cuda_archs()) {
-    newest = arch <= compute_capability ? std::max(newest, arch) : newest;
-  }
-  return newest == 0 ? granted : std::min(granted, compiled_smem_limit(newest));
+  std::vector<int> const archs = cuda_archs();
+  return archs.empty()
+             ? granted
+             : std::min(granted, compiled_smem_limit(compiled_arch(archs, compute_capability)));
 }
 
 DType dtype_of(std::string const& name) {

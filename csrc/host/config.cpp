@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "config/compiled_arch.h"
 #include "config/select.h"
 #include "host/bindings.h"
 
@@ -136,6 +137,7 @@ void bind_config(py::module_& module) {
   py::class_<KernelRequest>(module, "KernelRequest")
       .def(py::init<int, DType, int, bool, int>(), py::arg("compute_capability"), py::arg("dtype"),
            py::arg("head_dim"), py::arg("extras"), py::arg("smem_bytes"));
+  module.def("compiled_arch", compiled_arch, py::arg("archs"), py::arg("compute_capability"));
   module.def("forward_rows", forward_rows);
   module.def("backward_rows", backward_rows);
   module.def("select_forward", select_forward);

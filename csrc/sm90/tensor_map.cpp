@@ -17,8 +17,13 @@ auto encode_tiled() {
   static auto const function = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050  // the other one is gone from CUDA 13
     cudaError_t const error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
                                                                12000, cudaEnableDefault, &result);
+#else
+    cudaError_t const error =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
     if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
       throw std::runtime_error(
           "flash_attn: the CUDA driver has no cuTensorMapEncodeTiled; expected one of CUDA 12.0 or "

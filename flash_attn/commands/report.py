@@ -148,7 +148,9 @@ def missing_parts(report: Report, load_error: str | None) -> list[str]:
     """What keeps parts of this installation from working, each with its remedy."""
     missing = []
     build = report.build
-    if build is None:
+    if too_old := ops.too_old_torch(report.torch):
+        missing.append(f"the compiled module flash_attn._C: {too_old}")
+    elif build is None:
         missing.append(f"the compiled module flash_attn._C ({load_error}): {REBUILD}")
     elif build["version"] != report.version:
         missing.append(
