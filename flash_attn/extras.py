@@ -69,10 +69,13 @@ def make_extras(
     return extras or None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _allows_tf32() -> bool:
     """torch.compile guards the setting itself: another one compiles anew."""
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+# torch.compiler.assume_constant_result, which would import torch._dynamo: 1.8 s.
+_allows_tf32._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def with_precision(extras: Extras | None, q: Tensor) -> Extras | None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
-from compare import assert_as_exact_as_torch, gradients, largest
+from compare import assert_as_exact_as_torch, cut_of_tf32, gradients, largest
 from reference_options import Options, Span, attention_of_sequences
 from torch import Tensor
 
@@ -239,6 +239,8 @@ def fp32_floors(problem: Problem, inputs: Inputs, exact: Results) -> dict[str, f
     lse = 2 * unit * largest(exact.softmax_lse[exact.softmax_lse.isfinite()])
     kept = 1 / (1 - problem.dropout_p)
     row_ds = unit * kept * largest((dout.double() * exact.out).abs().sum(dim=-1))
+    if q.is_cuda and q.dtype == torch.float32:
+        row_ds *= cut_of_tf32(problem.head_dim)
     ds = problem.scale * row_ds
     steps = max(problem.lengths_q) * problem.heads // problem.heads_k / 16
     cut = unit * steps if q.is_cuda else 0.0

@@ -298,7 +298,9 @@ def test_sm90_backward_serves_head_dims_with_the_smallest_kernel(
             assert host.select_sm90_backward(*args, SMEM_SM80) is None
             row = host.select_sm90_backward(*args, SMEM_SM90, extras=True)
             with_extras = [
-                d for d in ((96, 96), (128, 128)) if d[0] >= head_dim and d[1] >= head_dim_v
+                d
+                for d in ((64, 64), (96, 96), (128, 128))
+                if d[0] >= head_dim and d[1] >= head_dim_v
             ]
             assert (row and (row.head_dim, row.head_dim_v)) == (
                 min(with_extras) if with_extras else None

@@ -146,7 +146,7 @@ def test_build_info_has_what_the_contract_says() -> None:
     assert isinstance(info["kernels"], str)
     assert bool(info["cuda_archs"]) == bool(info["rows"]) == (info["cuda_version"] is not None)
     for row in info["rows"]:
-        assert re.fullmatch(r"(fwd|bwd)/sm\d+/\d+/(bf16|fp16)(/extras)?", row)
+        assert re.fullmatch(r"(fwd|bwd)/sm\d+/\d+/(bf16|fp16|fp32)(/extras)?", row)
     assert len(set(info["rows"])) == len(info["rows"])
     assert json.loads(json.dumps(info)) == info
 

@@ -254,7 +254,7 @@ def check_keys(inputs: Inputs, problem: Problem, **arguments: Tensor) -> None:
         attention_of_sequences(*(t.to(kind) for t in inputs[:3]), *spans, options)
         for kind in (torch.float64, dtype)
     )
-    got = Results(exact, exact_lse, *inputs[:3], exact_lse)
+    got = Results(exact, exact_lse, *inputs[:3], exact_lse, exact.new_empty(0))
     floors = fp32_floors(problem, inputs, got)
     assert_as_exact_as_torch("out", out, torch_out, exact, dtype, floors["out"])
     check_lse(inputs, lse, exact_lse, floors["softmax_lse"])

@@ -65,7 +65,7 @@ inline constexpr Sm90ForwardConfig kSm90ForwardRows[] = {
     {kDType,  96,  96, MaskClass::kBounded, true,  INT_MAX, 128, 128, 4, 2, 2,  false,   true,    false},
     {kDType, 128, 128, MaskClass::kNone,    false, INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
     {kDType, 128, 128, MaskClass::kBounded, false, INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
-    {kDType, 128, 128, MaskClass::kBounded, true,  INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
+    {kDType, 128, 128, MaskClass::kBounded, true,  INT_MAX, 128, 112, 4, 2, 2,  false,   true,    true},
     {kDType, 192, 128, MaskClass::kNone,    false, INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
     {kDType, 192, 128, MaskClass::kBounded, false, INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
     {kDType, 192, 128, MaskClass::kBounded, true,  INT_MAX, 128, 112, 2, 2, 2,  true,    true,    false},

@@ -46,24 +46,14 @@ __device__ __forceinline__ void subtract_alibi(float (&scores)[kM][kN][4],
   }
 }
 
-/// Products q k^T to scores in units of score_unit().
-template <DType kDType, int kM, int kN>
+/// Products q k^T to scores in units of score_unit(). Has to be called by whole warps.
+template <int kM, int kN>
 __device__ __forceinline__ void apply_options(float (&scores)[kM][kN][4],
                                               PiecePlacement const& place,
                                               ScoreOptions const& options, float softmax_scale,
                                               float slope, Sequence const& sequence) {
   if (options.softcap != 0.f) {
-    float const scale = tanh_scale(options, softmax_scale);
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          scores[m][n][e] = fast_tanh<kDType>(scores[m][n][e] * scale);
-        }
-      }
-    }
+    cap_scores(scores, options, softmax_scale);
   }
   if (options.alibi_slopes != nullptr) {
     subtract_alibi(scores, place,

@@ -183,8 +183,7 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
                              kColStep};
   float const slope = kConfig.extras ? alibi_slope(params.scores, tile.batch, visit.head) : 0.f;
   if constexpr (kConfig.extras) {
-    apply_options<Traits::kDType>(acc_s, place, params.scores, params.softmax_scale, slope,
-                                  of.sequence);
+    apply_options(acc_s, place, params.scores, params.softmax_scale, slope, of.sequence);
     add_bias<Traits::kDType>(acc_s, place, params, of);
   }
   if (visit.m_block < tile.full.min || visit.m_block >= tile.full.max) {

@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     float scale_log2 = params.softmax_scale * kLog2E;
     if constexpr (kConfig.extras) {
       float const slope = alibi_slope(params.scores, fresh(tile.batch), fresh(tile.head));
-      apply_options<kConfig.dtype>(acc_s, place, params.scores, params.softmax_scale, slope,
-                                   sequence);
+      apply_options(acc_s, place, params.scores, params.softmax_scale, slope, sequence);
       add_bias<kConfig.dtype>(acc_s, place, params, {tile.batch, tile.head, sequence});
       scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
     }

@@ -14,15 +14,16 @@ __device__ __forceinline__ void apply_options(float (&scores)[2 * kSteps][4],
                                               ScoreOptions const& options, float softmax_scale,
                                               float slope, Sequence const& transposed) {
   if (options.softcap != 0.f) {
-    float const scale = tanh_scale(options, softmax_scale);
+    // By exponentials alone: the polynomial of cap_scores() spills here.
+    float const exponent_scale = tanh_exponent_scale(options, softmax_scale);
 #pragma unroll
     for (int n = 0; n < 2 * kSteps; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float& left = scores[n][2 * half];
         float& right = scores[n][2 * half + 1];
-        left = fast_tanh<kDType>(left * scale);
-        right = fast_tanh<kDType>(right * scale);
+        left = tanh_by_exp(left * exponent_scale);
+        right = tanh_by_exp(right * exponent_scale);
         derivative[n / 2][n % 2 * 2 + half] =
             pack2<kDType>(fmaf(-left, left, 1.f), fmaf(-right, right, 1.f));
       }

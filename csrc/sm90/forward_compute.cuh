@@ -50,11 +50,6 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     return kConfig.extras ? score_unit(params.problem.scores, softmax_scale) : softmax_scale;
   }
 
-  /// Kernels with extras have no registers for what the compiler would hold through the main loop.
-  static __device__ __forceinline__ int unhoisted(int value) {
-    return kConfig.extras ? fresh(value) : value;
-  }
-
   // ---- Mask ----
 
   /// First query row of this warp.
@@ -104,10 +99,9 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
       Sequence sequence{};
       sequence.seqlen_q = tile.seqlen_q;
       sequence.seqlen_k = tile.seqlen_k;
-      apply_options<kConfig.dtype>(reinterpret_cast<float (&)[1][kFragmentsS][4]>(scores),
-                                   {first_row(tile), 0, n_block * Traits::kTileN, 16},
-                                   params.problem.scores, params.problem.softmax_scale,
-                                   extras.slope, sequence);
+      apply_options(reinterpret_cast<float (&)[1][kFragmentsS][4]>(scores),
+                    {first_row(tile), 0, n_block * Traits::kTileN, 16}, params.problem.scores,
+                    params.problem.softmax_scale, extras.slope, sequence);
     }
   }
   __device__ __forceinline__ void drop_some(Scores& probabilities, Extras const& extras) const {
@@ -380,6 +374,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     RowOrigin const origin =
         params.out_rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
     uint32_t const staged = acquire_out();
+    // With extras there are no registers to hold addresses in through the main loop.
     int const lane = kConfig.extras ? fresh_thread_idx() % 32 : lane_idx();
     int const tile_row = lane % 16, tile_chunk = lane / 16;  // that this lane addresses
     uint32_t const row_address = staged + tile_row * TileOut::kRowBytes;
