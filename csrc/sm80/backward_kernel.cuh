@@ -201,7 +201,10 @@ __device__ __forceinline__ void scores(BackwardParams const& params, DropoutKey 
       if (has_dropout) {
         drop_dp(acc_dp, kept_elements(), params.dropout.scale, minus_d);
       }
-      store_bias_gradient(acc_dp, acc_s, lse_log2, scale_log2, place, params.dbias, of);
+      // Warps beyond the pieces repeat others' work, which must not be added twice.
+      if (!Traits::kSharesS || thread_idx / 32 < Traits::kWarpsS) {
+        store_bias_gradient(acc_dp, acc_s, lse_log2, scale_log2, place, params.dbias, of);
+      }
       multiply_by_biased_derivative<Traits::kDType>(acc_dp, acc_s, place, params, of);
       if (has_dropout) {  // what it keeps is computed again: held until now, it spilled
         store_gradients<Traits>(acc_s, acc_dp, lse_log2, scale_log2, writer, kept_elements());
