@@ -319,37 +319,25 @@ def forward_only(
     window_left: int,
     window_right: int,
     extras: Extras,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out and softmax_lse of q, k and v, without gradients, by every option of the forward op."""
+    """out and softmax_lse of q, k and v, without gradients, by every option of the forward op.
+
+    With `out` the output goes there, whatever its strides, as long as the last dimension is
+    contiguous.
+    """
     folded, softmax_scale = fold_scale(tensors, softmax_scale)
     padded, options = None, extras
     if folded[0].is_cuda:
         options = with_precision(extras, folded[0]) or {}
         padded = padded_on_cuda(folded)
-    q, k, v = folded if padded is None else padded
-    out, softmax_lse = ops.forward(q, k, v, softmax_scale, window_left, window_right, **options)
-    return out if padded is None else out[..., : tensors[2].size(-1)], softmax_lse
-
-
-def forward_into(
-    out: Tensor,
-    tensors: tuple[Tensor, Tensor, Tensor],
-    softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    extras: Extras,
-) -> Tensor:
-    """softmax_lse of q, k and v, as forward_only(); the output goes to `out`, whatever its strides,
-    as long as the last dimension is contiguous."""
-    is_padded = tensors[0].is_cuda and padded_on_cuda(tensors) is not None
-    if softmax_scale > 0.0 and not is_padded:
-        softmax_lse: Tensor = ops.forward_into(
-            *tensors, out, softmax_scale, window_left, window_right, **extras
-        )
-        return softmax_lse
-    computed, softmax_lse = forward_only(tensors, softmax_scale, window_left, window_right, extras)
-    out.copy_(computed)
-    return softmax_lse
+    arguments = (softmax_scale, window_left, window_right)
+    if out is not None and padded is None:
+        return out, ops.forward_into(*folded, out, *arguments, **options)
+    computed, softmax_lse = ops.forward(*(padded or folded), *arguments, **options)
+    if padded is not None:
+        computed = computed[..., : tensors[2].size(-1)]
+    return computed if out is None else out.copy_(computed), softmax_lse
 
 
 def _requires_grad(extras: Extras, name: str) -> bool:

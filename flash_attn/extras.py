@@ -69,6 +69,11 @@ def make_extras(
     return extras or None
 
 
+def given(**tensors: Tensor | None) -> Extras:
+    """Those that are there."""
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
 def _allows_tf32() -> bool:
     """torch.compile guards the setting itself: another one compiles anew."""
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")

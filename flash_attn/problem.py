@@ -125,6 +125,12 @@ def scale_of(softmax_scale: float | None, head_dim: int) -> float:
     return scale
 
 
+def bounds_of(causal: bool, left: int | None, right: int | None) -> tuple[int, int]:
+    """(window_left, window_right) as window_of(), where None and any negative are unbounded."""
+    left, right = (-1 if bound is None or bound < 0 else bound for bound in (left, right))
+    return left, 0 if causal else right
+
+
 def window_of(causal: bool, window_size: Sequence[SupportsIndex]) -> tuple[int, int]:
     """(window_left, window_right) of the mask, -1 for unbounded. Elements may be 0-d tensors."""
     if window_size is UNBOUNDED:

@@ -21,9 +21,9 @@ import torch.nn.attention
 from torch import Tensor
 
 from flash_attn import ops, problem
-from flash_attn.autograd import forward_into
+from flash_attn.autograd import forward_only
 from flash_attn.dropout import draw_rng_state
-from flash_attn.extras import Extras
+from flash_attn.extras import Extras, given
 from flash_attn.paged import gather_pages
 from flash_attn.private_ops import run_backward
 
@@ -31,19 +31,6 @@ NAME = "flash_attn"
 _DEBUG_MASK = "return_debug_mask"
 
 Gradients = tuple[Tensor, ...]
-
-
-def _window(is_causal: bool, left: int | None, right: int | None) -> tuple[int, int]:
-    unbounded_left = left is None or left < 0
-    unbounded_right = right is None or right < 0
-    return -1 if unbounded_left else int(left or 0), (
-        0 if is_causal else -1 if unbounded_right else int(right or 0)
-    )
-
-
-def _borders(cum_seq_q: Tensor | None, cum_seq_k: Tensor | None) -> Extras:
-    given = {"cu_seqlens_q": cum_seq_q, "cu_seqlens_k": cum_seq_k}
-    return {name: borders for name, borders in given.items() if borders is not None}
 
 
 def _forward(
@@ -62,7 +49,8 @@ def _forward(
     else:
         state = torch.empty(2, dtype=torch.int64, device=q.device)
     scale = problem.scale_of(scale, q.size(-1))
-    return forward_into(out, tensors, scale, *window, extras), state.view(torch.uint64)
+    softmax_lse = forward_only(tensors, scale, *window, extras, out)[1]
+    return softmax_lse, state.view(torch.uint64)
 
 
 def _unused(q: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +72,7 @@ def _scaled_dot_product_forward(
     """Of (batch, heads, seqlen, head_dim); the output lies in memory as the query does."""
     out = torch.empty_like(query)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    window = _window(is_causal, None, None)
+    window = problem.bounds_of(is_causal, None, None)
     lse, rng_state = _forward((q, k, v), out.transpose(1, 2), scale, window, dropout_p, {})
     return out, lse, None, None, query.size(2), key.size(2), rng_state, *_unused(query)
 
@@ -151,16 +139,18 @@ def _flash_forward_into(
 
     max_q, max_k and num_splits: nothing depends on them.
     """
-    extras = _borders(cum_seq_q, cum_seq_k)
     if block_table is not None:
         key, value = gather_pages(key, block_table), gather_pages(value, block_table)
-        borders = extras.pop("cu_seqlens_k", None)
-        if seqused_k is None and borders is not None:
-            seqused_k = borders.diff()
-    for name, tensor in (("seqused_k", seqused_k), ("alibi_slopes", alibi_slopes)):
-        if tensor is not None:
-            extras[name] = tensor
-    window = _window(is_causal, window_size_left, window_size_right)
+        if seqused_k is None and cum_seq_k is not None:
+            seqused_k = cum_seq_k.diff()
+        cum_seq_k = None
+    extras = given(
+        cu_seqlens_q=cum_seq_q,
+        cu_seqlens_k=cum_seq_k,
+        seqused_k=seqused_k,
+        alibi_slopes=alibi_slopes,
+    )
+    window = problem.bounds_of(is_causal, window_size_left, window_size_right)
     return _forward((query, key, value), out, scale, window, dropout_p, extras)
 
 
@@ -179,8 +169,8 @@ def _flash_forward(
 ) -> tuple[Tensor, ...]:
     out = torch.empty_like(query)
     borders = (cum_seq_q, cum_seq_k, max_q, max_k)
-    given = (query, key, value, *borders, dropout_p, is_causal)
-    return out, *_flash_forward_into(out, *given, **options), *_unused(query)
+    arguments = (query, key, value, *borders, dropout_p, is_causal)
+    return out, *_flash_forward_into(out, *arguments, **options), *_unused(query)
 
 
 def _flash_forward_without_dropout(
@@ -198,8 +188,8 @@ def _flash_forward_without_dropout(
     **options: Any,
 ) -> Tensor:
     borders = (cum_seq_q, cum_seq_k, max_q, max_k)
-    given = (query, key, value, *borders, dropout_p, is_causal)
-    return _flash_forward_into(out, *given, **options)[0]
+    arguments = (query, key, value, *borders, dropout_p, is_causal)
+    return _flash_forward_into(out, *arguments, **options)[0]
 
 
 def _flash_backward(
@@ -227,11 +217,11 @@ def _flash_backward(
         (grad_out, query, key, value, out, logsumexp),
         gradients,
         problem.scale_of(scale, query.size(-1)),
-        _window(is_causal, window_size_left, window_size_right),
+        problem.bounds_of(is_causal, window_size_left, window_size_right),
         torch.are_deterministic_algorithms_enabled(),
         dropout_p,
         rng_state.view(torch.int64) if dropout_p != 0.0 else None,
-        _borders(cum_seq_q, cum_seq_k),
+        given(cu_seqlens_q=cum_seq_q, cu_seqlens_k=cum_seq_k),
     )
     return gradients
 

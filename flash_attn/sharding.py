@@ -38,6 +38,10 @@ def _checked(tensors: tuple[Tensor, ...], extras: Extras) -> tuple[DTensor, ...]
             "dropout_p: expected 0 for DTensors, got more: which probabilities are dropped "
             "follows from batch entries and heads, of which a rank knows its own"
         )
+    # A bias that all share would need its gradient summed over the ranks, maxima their maximum.
+    for name, argument in (("bias", "bias"), ("max_logits", "return_max_logits")):
+        if name in extras:
+            raise NotImplementedError(f"{argument}: expected none for DTensors, got one")
     return tuple(sharded)
 
 

@@ -90,6 +90,17 @@ def check_sharded(
         assert_close(name, one, other)
 
 
+def check_refused(mesh: Any, **option: Any) -> None:
+    q = distribute_tensor(random(2, 20, 4, 16), mesh, (Shard(0),))
+    (name,) = option
+    try:
+        flash_attn_func(q, q, q, **option)
+    except NotImplementedError as error:
+        assert str(error).startswith(f"{name}: expected"), error
+        return
+    raise AssertionError(f"{name}: expected NotImplementedError with DTensors")
+
+
 def sharded() -> None:
     ranks = dist.get_world_size()
     mesh = init_device_mesh(DEVICE, (ranks,))
@@ -100,6 +111,9 @@ def sharded() -> None:
             check_sharded(mesh, (placement,), (placement,) if stays else whole, heads_k)
     grid = init_device_mesh(DEVICE, (1, ranks))
     check_sharded(grid, (Shard(0), Shard(2)), (Shard(0), Shard(2)), 2 * ranks)
+    check_refused(mesh, bias=random(20, 20))
+    check_refused(mesh, return_max_logits=True)
+    check_refused(mesh, dropout_p=0.5)
 
 
 def packed_heads() -> None:

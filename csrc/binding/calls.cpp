@@ -92,8 +92,8 @@ Problem checked_inputs(Tensor const& q, Tensor const& k, Tensor const& v,
   return problem;
 }
 
-Tensor output(Tensor const* given, Tensor const& q, Tensor const& v, int alignment) {
-  if (given == nullptr) {
+Tensor output(std::optional<Tensor> const& given, Tensor const& q, Tensor const& v, int alignment) {
+  if (!given) {
     return new_like(q, v.size(v.dim() - 1));
   }
   check_out("out", *given, q, v);
@@ -177,13 +177,14 @@ Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int3
 }
 
 ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in,
-                         Tensor const* out_given, Options const& options, bool asks_max_logits,
-                         int alignment)
+                         std::optional<Tensor> const& out_given, Options const& options,
+                         bool asks_max_logits, int alignment)
     : dtype(checked_dtype(q_in)),
       problem(checked_inputs(q_in, k_in, v_in, options.sequences)),
       q(readable(q_in, alignment)),
       k(readable(k_in, alignment)),
       v(readable(v_in, alignment)),
+      out_given(out_given),
       out(output(out_given, q, v, alignment)),
       softmax_lse(new_row_statistic(q, problem, problem.shape.seqlen_q)),
       max_logits(asks_max_logits ? std::optional(new_max_logits(q, problem)) : std::nullopt),
@@ -205,8 +206,8 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
           .max_slack = max_logits ? 0.f : kMaxSlack,
           .workspace = nullptr} {}
 
-void ForwardCall::finish(Tensor const* out_given) {
-  if (out_given != nullptr) {
+void ForwardCall::finish() {
+  if (out_given) {
     copy_back(*out_given, out);
   }
 }

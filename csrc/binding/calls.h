@@ -34,36 +34,25 @@ Tensor new_tensor(Tensor const& like, std::initializer_list<int64_t> sizes, int3
 /// copied, an output's values are copied to it; those and a dout without contiguous rows are the
 /// only copies ever made.
 struct ForwardCall {
-  /// `out_given`: where the caller wants the output; null: in a new tensor.
-  ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in, Tensor const* out_given,
-              Options const& options, bool asks_max_logits, int alignment);
+  /// `out_given`: where the caller wants the output; else it is in a new tensor.
+  ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v_in,
+              std::optional<Tensor> const& out_given, Options const& options, bool asks_max_logits,
+              int alignment);
 
   /// True if the outputs have no elements.
   bool is_empty() const { return problem.sequences.entries_q == 0 || problem.shape.seqlen_q == 0; }
 
   /// Brings an output that was computed in an aligned copy to where the caller wants it.
-  void finish(Tensor const* out_given);
+  void finish();
 
   DType dtype;
   Problem problem;
   Tensor q, k, v;
+  std::optional<Tensor> out_given;
   Tensor out, softmax_lse;
   std::optional<Tensor> max_logits;  // if asked, -inf until the kernels raise it
   ForwardParams params;
 };
-
-template <bool kMaxLogits>
-using ForwardResult =
-    std::conditional_t<kMaxLogits, std::tuple<Tensor, Tensor, Tensor>, std::tuple<Tensor, Tensor>>;
-
-template <bool kMaxLogits>
-ForwardResult<kMaxLogits> forward_result(ForwardCall const& call) {
-  if constexpr (kMaxLogits) {
-    return {call.out, call.softmax_lse, *call.max_logits};
-  } else {
-    return {call.out, call.softmax_lse};
-  }
-}
 
 /// The tensors of a backward call.
 struct BackwardTensors {

@@ -6,8 +6,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "binding/calls.h"
 #include "binding/cuda_device.h"
+#include "binding/ops.h"
 #include "sm80/launch.h"
 #include "sm90/launch.h"
 
@@ -28,8 +28,8 @@ struct Workspace {
   void* ptr = nullptr;
 };
 
-ForwardCall run_forward(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const* out,
-                        Options const& options, bool asks_max_logits) {
+ForwardCall run_forward(Tensor const& q, Tensor const& k, Tensor const& v,
+                        OptionalTensor const& out, Options const& options, bool asks_max_logits) {
   int const device_index = q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
   ForwardCall call(q, k, v, out, options, asks_max_logits, kAlignment);
@@ -51,71 +51,14 @@ ForwardCall run_forward(Tensor const& q, Tensor const& k, Tensor const& v, Tenso
     run(sm80::forward_workspace_bytes(config, call.params),
         [&] { sm80::forward(config, call.params, device.properties(), stream); });
   }
-  call.finish(out);
+  call.finish();
   return call;
 }
 
-/// out, softmax_lse and, if asked, max_logits.
-template <bool kMaxLogits>
-ForwardResult<kMaxLogits> forward_cuda(
-    Tensor const& q, Tensor const& k, Tensor const& v, double softmax_scale, int64_t window_left,
-    int64_t window_right, double softcap, std::optional<Tensor> const& alibi_slopes,
-    std::optional<Tensor> const& bias, double dropout_p, std::optional<Tensor> const& rng_state,
-    std::optional<Tensor> const& sink, std::optional<Tensor> const& cu_seqlens_q,
-    std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& seqused_k,
-    std::optional<Tensor> const& leftpad_k, std::optional<Tensor> const& batch_idx_k,
-    bool allow_tf32) {
-  Options const options{
-      softmax_scale, window_left,
-      window_right,  softcap,
-      alibi_slopes,  bias,
-      dropout_p,     rng_state,
-      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
-      allow_tf32};
-  return forward_result<kMaxLogits>(run_forward(q, k, v, nullptr, options, kMaxLogits));
-}
-
-Tensor forward_into_cuda(Tensor const& q, Tensor const& k, Tensor const& v, Tensor const& out,
-                         double softmax_scale, int64_t window_left, int64_t window_right,
-                         double softcap, std::optional<Tensor> const& alibi_slopes,
-                         std::optional<Tensor> const& bias, double dropout_p,
-                         std::optional<Tensor> const& rng_state, std::optional<Tensor> const& sink,
-                         std::optional<Tensor> const& cu_seqlens_q,
-                         std::optional<Tensor> const& cu_seqlens_k,
-                         std::optional<Tensor> const& seqused_k,
-                         std::optional<Tensor> const& leftpad_k,
-                         std::optional<Tensor> const& batch_idx_k, bool allow_tf32) {
-  Options const options{
-      softmax_scale, window_left,
-      window_right,  softcap,
-      alibi_slopes,  bias,
-      dropout_p,     rng_state,
-      sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
-      allow_tf32};
-  return run_forward(q, k, v, &out, options, false).softmax_lse;
-}
-
-Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor const& v,
-                     Tensor const& out, Tensor const& softmax_lse,
-                     std::optional<Tensor> const& dlse, Tensor const& dq, Tensor const& dk,
-                     Tensor const& dv, double softmax_scale, int64_t window_left,
-                     int64_t window_right, bool deterministic, double softcap,
-                     std::optional<Tensor> const& alibi_slopes, std::optional<Tensor> const& bias,
-                     double dropout_p, std::optional<Tensor> const& rng_state,
-                     std::optional<Tensor> const& cu_seqlens_q,
-                     std::optional<Tensor> const& cu_seqlens_k, std::optional<Tensor> const& dbias,
-                     bool allow_tf32) {
-  int const device_index = q.get_device_index();
+Tensor run_backward(BackwardTensors const& tensors, Options const& options, bool deterministic) {
+  int const device_index = tensors.q.get_device_index();
   torch::stable::accelerator::DeviceGuard const guard(device_index);
-  std::optional<Tensor> const none;
-  Options const options{softmax_scale, window_left,
-                        window_right,  softcap,
-                        alibi_slopes,  bias,
-                        dropout_p,     rng_state,
-                        none,          {cu_seqlens_q, cu_seqlens_k, none, none, none},
-                        allow_tf32};
-  BackwardCall call({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, dbias}, options,
-                    deterministic, kAlignment);
+  BackwardCall call(tensors, options, deterministic, kAlignment);
   CudaDevice const& device = cuda_device(device_index);
   BackwardConfig const& config = device.backward_config(call.dtype, call.params);
   if (call.is_empty()) {
@@ -123,7 +66,7 @@ Tensor backward_cuda(Tensor const& dout, Tensor const& q, Tensor const& k, Tenso
     return call.softmax_d;
   }
   auto const run = [&](std::size_t workspace_bytes, auto const& launch) {
-    Workspace const workspace(q, workspace_bytes);
+    Workspace const workspace(tensors.q, workspace_bytes);
     call.params.workspace = workspace.ptr;
     launch(current_stream(device_index));
   };
@@ -157,10 +100,7 @@ STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CUDA, m) {
-  m.impl("forward", TORCH_BOX(&forward_cuda<false>));
-  m.impl("forward_with_max_logits", TORCH_BOX(&forward_cuda<true>));
-  m.impl("forward_into", TORCH_BOX(&forward_into_cuda));
-  m.impl("backward", TORCH_BOX(&backward_cuda));
+  register_ops<run_forward, run_backward>(m);
 }
 
 }  // namespace flash::binding

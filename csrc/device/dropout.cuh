@@ -188,6 +188,26 @@ struct KeptBits {
   }
 };
 
+/// Clears what dropout drops of probabilities in fp32: in the order of their bits, of which the
+/// compiler makes seven predicates an instruction.
+template <int kFragments, int kN>
+__device__ __forceinline__ void drop(float (&p)[kFragments][4], KeptBits<kN, false> const& kept) {
+#pragma unroll
+  for (int eight = 0; eight < kFragments; eight += 8) {
+#pragma unroll
+    for (int byte = 0; byte < 4; ++byte) {
+#pragma unroll
+      for (int bit = 0; bit < 8; ++bit) {
+        int const n = eight + bit / 4 * 4 + byte / 2 * 2 + bit % 2;
+        int const i = bit / 2 % 2 * 2 + byte % 2;
+        if (n < kFragments && !kept.is_kept(n, i)) {
+          p[n][i] = 0.f;
+        }
+      }
+    }
+  }
+}
+
 /// Clears what dropout drops of probabilities that are operands (set_pair() of mma.cuh).
 template <DType kDType, int kM, int kPieces, int kN>
 __device__ __forceinline__ void drop(Piece (&p)[kM][kPieces], KeptElements<kM, kN> const& kept) {

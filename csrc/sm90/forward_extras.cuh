@@ -25,24 +25,4 @@ struct StepExtras {
   }
 };
 
-/// Clears the probabilities that dropout drops: in the order of their bits, of which the compiler
-/// makes seven predicates an instruction.
-template <int kN, class Kept>
-__device__ __forceinline__ void drop(float (&probabilities)[kN][4], Kept const& kept) {
-#pragma unroll
-  for (int eight = 0; eight < kN; eight += 8) {
-#pragma unroll
-    for (int byte = 0; byte < 4; ++byte) {
-#pragma unroll
-      for (int bit = 0; bit < 8; ++bit) {
-        int const n = eight + bit / 4 * 4 + byte / 2 * 2 + bit % 2;
-        int const i = bit / 2 % 2 * 2 + byte % 2;
-        if (n < kN && !kept.is_kept(n, i)) {
-          probabilities[n][i] = 0.f;
-        }
-      }
-    }
-  }
-}
-
 }  // namespace flash::sm90

@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from flash_attn import problem
-from flash_attn.autograd import forward_into, forward_only
-from flash_attn.extras import Extras
+from flash_attn.autograd import forward_only
+from flash_attn.extras import Extras, given
 from flash_attn.kvcache import flash_attn_with_kvcache
 from flash_attn.ops import backward_flops, forward_flops
 from flash_attn.paged import gather_pages
@@ -80,10 +80,6 @@ def _nothing(q: Tensor, count: int) -> list[Tensor]:
     return [q.new_empty(0, dtype=torch.float32) for _ in range(count)]
 
 
-def _window(is_causal: bool, left: int, right: int) -> tuple[int, int]:
-    return left if left >= 0 else -1, 0 if is_causal else right if right >= 0 else -1
-
-
 def fwd(
     q: Tensor,
     k: Tensor,
@@ -131,7 +127,7 @@ def fwd(
         k_descale=k_descale,
         v_descale=v_descale,
     )
-    window = _window(is_causal, window_size_left, window_size_right)
+    window = problem.bounds_of(is_causal, window_size_left, window_size_right)
     if cu_seqlens_q is None and (k_new is not None or page_table is not None):
         result, softmax_lse = flash_attn_with_kvcache(
             q,
@@ -156,20 +152,16 @@ def fwd(
     refuse(k_new=k_new, rotary_cos=rotary_cos, rotary_sin=rotary_sin)
     if page_table is not None:
         k, v = gather_pages(k, page_table), gather_pages(v, page_table)
-    given = {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "seqused_k": seqused_k,
-        "leftpad_k": leftpad_k,
-        "batch_idx_k": kv_batch_idx,
-    }
-    extras: Extras = {name: tensor for name, tensor in given.items() if tensor is not None}
+    extras = given(
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        seqused_k=seqused_k,
+        leftpad_k=leftpad_k,
+        batch_idx_k=kv_batch_idx,
+    )
     options: Extras = {**extras, **({"softcap": softcap} if softcap != 0.0 else {})}
-    arguments = ((q, k, v), problem.scale_of(softmax_scale, q.size(-1)), *window, options)
-    if out is None:
-        out, softmax_lse = forward_only(*arguments)
-    else:
-        softmax_lse = forward_into(out, *arguments)
+    scale = problem.scale_of(softmax_scale, q.size(-1))
+    out, softmax_lse = forward_only((q, k, v), scale, *window, options, out)
     if may_have_empty_rows(q, k, window, extras):
         softmax_lse = minus_inf_where_empty(softmax_lse)
     return out, softmax_lse, *_nothing(q, 2)
@@ -204,9 +196,8 @@ def bwd(
     for name, gradient in (("dq", dq), ("dk", dk), ("dv", dv)):
         if gradient is None:
             raise ValueError(f"{name}: expected a tensor to write to, got None")
-    window = _window(is_causal, window_size_left, window_size_right)
-    borders = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    extras: Extras = {name: tensor for name, tensor in borders.items() if tensor is not None}
+    window = problem.bounds_of(is_causal, window_size_left, window_size_right)
+    extras = given(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if may_have_empty_rows(q, k, window, extras):
         softmax_lse = torch.where(softmax_lse == -math.inf, math.inf, softmax_lse)
     options: Extras = {**extras, **({"softcap": softcap} if softcap != 0.0 else {})}
