@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -53,10 +54,22 @@ def sdpa_attention() -> Attention:
     return attention
 
 
+def cudnn_attention() -> Attention:
+    """PyTorch's own with cuDNN's kernels: a GPU and 16-bit elements only."""
+    attention = sdpa_attention()
+
+    def with_cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return attention(q, k, v)
+
+    return with_cudnn
+
+
 ATTENTIONS: dict[str, Callable[..., Attention]] = {
     "flash": flash_attention,
     "standard": standard_attention,
     "sdpa": sdpa_attention,
+    "cudnn": cudnn_attention,
 }
 
 

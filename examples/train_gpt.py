@@ -2,6 +2,7 @@
 
     python examples/train_gpt.py                              # CPU: two runs of a minute or less
     python examples/train_gpt.py --attention all              # PyTorch's fused attention as well
+    python examples/train_gpt.py --attention fused            # GPU: beside PyTorch's and cuDNN's
     python examples/train_gpt.py --seqlen 8192 --batch 1 --steps 100     # GPU: memory side by side
     python examples/train_gpt.py --seqlen 16384 --batch 1 --steps 50     # standard does not fit
 
@@ -37,7 +38,11 @@ from gpt import ATTENTIONS, Gpt
 from report import plot, table
 from torch import Tensor
 
-RUNS = {"both": ["flash", "standard"], "all": ["flash", "sdpa", "standard"]}
+RUNS = {
+    "both": ["flash", "standard"],
+    "all": ["flash", "sdpa", "standard"],
+    "fused": ["flash", "sdpa", "cudnn"],
+}
 
 # Defaults on a GPU and on CPU.
 DEFAULTS = {
