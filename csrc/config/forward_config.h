@@ -61,8 +61,10 @@ inline constexpr ForwardConfig kForwardRows<DType::kFp32>[] = {
     {80, DType::kFp32, 128, true,     128,  32,  8,   false,  1},
     {80, DType::kFp32, 192, false,     64,  32,  4,   false,  2},
     {80, DType::kFp32, 192, true,      64,  32,  4,   false,  2},
+    {80, DType::kFp32, 256, false,    128,  32,  8,   false,  1},
     {80, DType::kFp32, 256, false,    128,  16,  8,   false,  1},
     {80, DType::kFp32, 256, false,     64,  16,  4,   false,  1},
+    {80, DType::kFp32, 256, true,     128,  32,  8,   false,  1},
     {80, DType::kFp32, 256, true,     128,  16,  8,   false,  1},
     {80, DType::kFp32, 256, true,      64,  16,  4,   false,  1},
     // clang-format on
