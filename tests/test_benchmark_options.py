@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import flash_attn
@@ -197,7 +196,7 @@ def test_what_a_contender_does_not_know_it_refuses() -> None:
     refuse(packed_problem(sink=True, window=(5, 0)), knows=("sink",), packed=True, window=True)
 
 
-def test_fa2_of_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fa2_by_its_op(monkeypatch: pytest.MonkeyPatch) -> None:
     """That the op is called as its schema says; a GPU has the op itself."""
     from checks import ERROR_BOUND
     from contenders import CONTENDERS, Contender
@@ -206,30 +205,43 @@ def test_fa2_of_packed_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        cum_seq_q: Tensor,
-        cum_seq_k: Tensor,
+        cum_seq_q: Tensor | None,
+        cum_seq_k: Tensor | None,
         max_q: int,
         max_k: int,
         dropout_p: float,
         is_causal: bool,
         return_debug_mask: bool,
+        *,
+        window_size_left: int = -1,
+        window_size_right: int = -1,
+        alibi_slopes: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
+        assert dropout_p == 0.0 and not return_debug_mask
+        options = dict(
+            causal=is_causal,
+            window_size=(window_size_left, window_size_right),
+            alibi_slopes=alibi_slopes,
+        )
+        if cum_seq_q is None or cum_seq_k is None:
+            assert (max_q, max_k) == (q.size(1), k.size(1))
+            return flash_attn.flash_attn_func(q, k, v, **options), q, q, q, q
         assert cum_seq_q.tolist() == cum_seq_k.tolist() == [0, 40, 130, 131, 164]
-        assert (max_q, max_k, return_debug_mask) == (90, 90, False)
-        parts = [
-            F.scaled_dot_product_attention(
-                *(x[begin:end].transpose(0, 1) for x in (q, k, v)),
-                is_causal=is_causal,
-                dropout_p=dropout_p,
-                enable_gqa=True,
-            ).transpose(0, 1)
-            for begin, end in zip(cum_seq_q.tolist(), cum_seq_q.tolist()[1:], strict=False)
-        ]
-        return torch.cat(parts), q, q, q, q
+        assert (max_q, max_k) == (90, 90)
+        borders = (cum_seq_q, cum_seq_k)
+        out = flash_attn.flash_attn_varlen_func(q, k, v, *borders, max_q, max_k, **options)
+        return out, q, q, q, q
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", stand_in)
     fa2 = Contender(CONTENDERS["fa2"]().attention)  # not selected, for the stand-in's attention
-    assert error_of(fa2, packed_problem(causal=True), "fwd") < ERROR_BOUND[torch.float32]
+    bound = ERROR_BOUND[torch.float32]
+    dense = option_problem(seqlen_q=40, seqlen_k=60, causal=False)
+    assert error_of(fa2, packed_problem(causal=True), "fwd") < bound
+    assert error_of(fa2, replace(dense, window=(5, 0)), "fwd") < bound
+    assert error_of(fa2, replace(dense, window=(5, 0)), "bwd") < bound
+    assert error_of(fa2, replace(dense, causal=True, alibi=True), "fwd") < bound
+    with pytest.raises(NotImplementedError, match="no gradients with alibi"):
+        error_of(fa2, replace(dense, alibi=True), "bwd")
 
 
 def test_fa3_gets_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
