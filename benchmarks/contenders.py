@@ -42,20 +42,15 @@ def refuse(problem: Problem, *, knows: Collection[str], packed: bool, window: bo
 
 
 def fa2_op(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
-    """PyTorch's FlashAttention-2 with what scaled_dot_product_attention has no argument for."""
-    refuse(problem, knows=("dropout_p", "alibi"), packed=True, window=True)
-    if problem.alibi and torch.is_grad_enabled():
-        raise NotImplementedError("no gradients with alibi")  # the backward op gets no slopes
+    """PyTorch's FlashAttention-2 with what scaled_dot_product_attention has no argument for. ALiBi
+    is left out of PyTorch's build of it."""
+    refuse(problem, knows=("dropout_p",), packed=True, window=True)
     borders = problem.borders(q.device) if problem.seqlens else None
     longest_q, longest_k = problem.seqlen_q, problem.seqlen_k
-    options: dict[str, int | Tensor] = {}
-    if problem.window != (-1, -1):
-        options = {"window_size_left": problem.window[0], "window_size_right": problem.window[1]}
-    if problem.alibi:
-        options |= {"alibi_slopes": problem.options(q.device)["alibi_slopes"]}
+    left, right = problem.window
     return torch.ops.aten._flash_attention_forward(
         q, k, v, borders, borders, longest_q, longest_k, problem.dropout_p, problem.causal, False,
-        **options,
+        window_size_left=left, window_size_right=right,
     )[0]  # fmt: skip
 
 
@@ -64,7 +59,7 @@ def sdpa(*backends: SDPBackend) -> Contender:
     is_fa2 = backends == (SDPBackend.FLASH_ATTENTION,)
 
     def attention(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
-        if is_fa2 and (problem.seqlens or problem.alibi or problem.window != (-1, -1)):
+        if is_fa2 and (problem.seqlens or problem.window != (-1, -1)):
             return fa2_op(q, k, v, problem)
         refuse(problem, knows=("dropout_p",), packed=False, window=False)
         grouped = q.shape[2] != k.shape[2]
