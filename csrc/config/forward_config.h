@@ -33,7 +33,7 @@ inline constexpr ForwardConfig kForwardRows[] = {
     // clang-format off
     // arch dtype head_dim extras  m    n  warps  late  blocks
     {80, kDType,  64, false,     64, 128,  4,   false,  3},
-    {80, kDType,  64, true,      64, 128,  4,   false,  2},
+    {80, kDType,  64, true,      64, 128,  4,   true,   3},
     {80, kDType,  96, false,    128,  64,  4,   false,  2},
     {80, kDType,  96, true,     128,  64,  4,   false,  2},
     {80, kDType, 128, false,    128,  64,  4,   true,   2},
