@@ -7,6 +7,7 @@ order: a state in which none may and work is left is a deadlock.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ class Setting:
     section: int  # key heads a section
     slots: int
     deterministic: bool
-    blocks: int  # thread blocks
+    clusters: int  # of thread blocks
     group_size: int = 1  # query heads a key head
     tile_m: int = 2
     tile_n: int = 4
+    blocks: int = 1  # of a cluster, which share an item and split the groups
     groups: int = 2  # of a dQ tile, converted one by one
     converters: int = 2
     stages: int = 2  # query tiles that are loaded ahead
@@ -78,43 +80,71 @@ class Model:
         in_order = [h * self.m_blocks + m for h in heads for m in tiles]
         return in_order if self.s.ascending else in_order[::-1]
 
-    def thread_block(self) -> list[Step]:
-        """Its loader, sender and converters. Computing warpgroups pass loaded tiles on."""
-        loaded: list[tuple[int, int, int | None]] = []  # key head, key tile, query tile; None: end
+    def cluster(self) -> list[Step]:
+        """The loaders, senders and converters of its thread blocks. Computing warpgroups pass
+        loaded tiles on."""
+        drawn: list[int] = []
+        # Of each thread block: key head, key tile, query tile (None: end of an item) that it has
+        # loaded its part of, and how many it has passed on.
+        loaded: list[list[tuple[int, int, int | None]]] = [[] for _ in range(self.s.blocks)]
+        passed_on = [0] * self.s.blocks
         done: list[bool] = []
 
-        def loader() -> Step:
-            while True:
-                yield lambda: True
-                item, self.next_item = self.next_item, self.next_item + 1
-                if item >= len(self.items):
+        def loader(block: int) -> Step:
+            def has_room() -> bool:
+                return len(loaded[block]) < min(passed_on) + self.s.stages
+
+            for n in itertools.count():
+                if block == 0:
+                    yield lambda: True
+                    drawn.append(self.next_item)
+                    self.next_item += 1
+                yield lambda n=n: len(drawn) > n
+                if drawn[n] >= len(self.items):
                     done.append(True)
                     return
-                n_block, head = self.items[item]
+                n_block, head = self.items[drawn[n]]
                 for query_tile in self.query_tiles(n_block):
                     owner = (head - self.s.slots, query_tile)
                     if head >= self.s.slots:
                         yield lambda owner=owner: self.converted[owner] == self.s.groups
-                    yield lambda: len(loaded) < self.s.stages
-                    loaded.append((head, n_block, query_tile))
-                yield lambda: len(loaded) < self.s.stages
-                loaded.append((head, n_block, None))
+                    yield has_room
+                    loaded[block].append((head, n_block, query_tile))
+                yield has_room
+                loaded[block].append((head, n_block, None))
 
-        def sender() -> Step:
+        def may_pass_on(block: int) -> bool:
+            """A tile comes in parts from all thread blocks. Their dS of it comes once they have
+            added dQ of the last tile but one."""
+            n = passed_on[block]
+            return all(len(part) > n for part in loaded) and min(passed_on) >= n - 1
+
+        def sender(block: int) -> Step:
             previous = None
             while True:
-                yield lambda: bool(loaded or done)
-                if not loaded:
+                yield (
+                    lambda: (
+                        may_pass_on(block)
+                        or (len(done) == self.s.blocks and passed_on[block] == len(loaded[block]))
+                    )
+                )
+                if passed_on[block] == len(loaded[block]):
                     return
-                head, n_block, tile = loaded.pop(0)
+                head, n_block, tile = loaded[block][passed_on[block]]
                 if tile is not None:
                     if self.s.deterministic:
-                        turn = self.expected(tile).index(n_block)
+                        turn = self.s.blocks * self.expected(tile).index(n_block)
                         yield lambda k=(head, tile), turn=turn: self.contributed[k] >= turn
-                        assert self.contributed[head, tile] == turn
+                        assert self.contributed[head, tile] < turn + self.s.blocks
                     for group in range(self.s.groups):
-                        yield lambda: True
-                        self.sums[head % self.s.slots, tile][group].append((head, n_block))
+                        if group * self.s.blocks // self.s.groups == block:
+                            yield lambda: True
+                            self.sums[head % self.s.slots, tile][group].append((head, n_block))
+                passed_on[block] += 1
+                if self.s.blocks > 1 and tile is not None:
+                    yield lambda: True
+                    self.contributed[head, tile] += 1
+                    continue
                 if previous is not None:
                     yield lambda: True
                     self.contributed[previous] += 1
@@ -130,11 +160,12 @@ class Model:
                 group = number % self.s.groups
                 tile, head = self.order[number // self.s.groups]
                 key, expected = (head, tile), self.expected(tile)
+                shares_expected = self.s.blocks * len(expected)
                 if expected:
-                    if self.contributed[key] < len(expected) and unannounced:
+                    if self.contributed[key] < shares_expected and unannounced:
                         self.converted[unannounced] += 1
                         unannounced = None
-                    yield lambda k=key, all_of=expected: self.contributed[k] == len(all_of)
+                    yield lambda k=key, n=shares_expected: self.contributed[k] == n
                 if unannounced:
                     self.converted[unannounced] += 1
                 yield lambda: True
@@ -148,11 +179,16 @@ class Model:
             if unannounced:
                 self.converted[unannounced] += 1
 
-        return [loader(), sender(), *(converter() for _ in range(self.s.converters))]
+        blocks = range(self.s.blocks)
+        return [
+            *(loader(block) for block in blocks),
+            *(sender(block) for block in blocks),
+            *(converter() for _ in range(self.s.blocks * self.s.converters)),
+        ]
 
     def run(self) -> None:
         """Until all is done. Raises AssertionError at a deadlock, or where a result is wrong."""
-        roles = [role for _ in range(self.s.blocks) for role in self.thread_block()]
+        roles = [role for _ in range(self.s.clusters) for role in self.cluster()]
         waiting = [(role, next(role)) for role in roles]
         while waiting:
             able = [i for i, (_, may_go_on) in enumerate(waiting) if may_go_on()]

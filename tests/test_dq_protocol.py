@@ -27,7 +27,8 @@ def random_setting(draw: random.Random) -> Setting:
         section=section,
         slots=min(draw.randint(1, 3) * section, key_heads),
         deterministic=draw.random() < 0.5,
-        blocks=draw.randint(1, 6),
+        clusters=draw.randint(1, 6),
+        blocks=draw.randint(1, 2),
         group_size=draw.randint(1, 2),
     )
 
@@ -41,7 +42,7 @@ def test_any_order_ends_with_every_share_converted(host: ModuleType, seed: int) 
 
 def test_the_model_finds_a_deadlock(host: ModuleType) -> None:
     """Fewer slots than a section has key heads: an item waits for one that is drawn after it."""
-    setting = Setting(8, 16, (-1, -1), 4, section=2, slots=1, deterministic=False, blocks=1)
+    setting = Setting(8, 16, (-1, -1), 4, section=2, slots=1, deterministic=False, clusters=1)
     with pytest.raises(AssertionError, match="deadlock"):
         for seed in range(20):
             Model(host, setting, seed).run()

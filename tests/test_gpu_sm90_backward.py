@@ -98,6 +98,7 @@ def test_200_reruns_are_bit_equal(
     [
         Case("smallest", batch=1, seqlen_q=1, seqlen_k=1, heads=1, heads_k=1),
         Case("odd", seqlen_q=333, seqlen_k=150, heads=6, heads_k=2, head_dim=128, causal=True),
+        Case("cluster", seqlen_q=333, seqlen_k=190, heads=6, heads_k=2, head_dim=256, causal=True),
         Case("hidden", seqlen_q=70, seqlen_k=900, heads=2, heads_k=2, head_dim=96, window=(5, 5)),
     ],
     ids=str,

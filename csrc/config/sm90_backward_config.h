@@ -8,12 +8,13 @@ namespace flash {
 
 /// One compiled kernel: persistent thread blocks of one warpgroup that moves data and two that
 /// compute. These own 64 keys each, or share 64 (is_paired()): then one makes P and dV, the other
-/// dS and dK. The first fields say what it serves, the rest is tuning.
+/// dS and dK, and two thread blocks, a cluster, share a key tile and each query tile's dQ. The
+/// first fields say what it serves, the rest is tuning.
 struct Sm90BackwardConfig {
   DType dtype;
   int head_dim, head_dim_v;  // columns of the tiles; smaller ones are filled up with zeros
   bool extras;               // softcap, ALiBi and dropout
-  int tile_m, tile_n;        // a thread block owns tile_n keys and walks query tiles of tile_m rows
+  int tile_m, tile_n;        // a cluster owns tile_n keys and walks query tiles of tile_m rows
   int dout_stages;           // buffers of dO
   int landing_strips;        // buffers of 16 rows of dq sums in which a warp converts them
 
@@ -22,28 +23,32 @@ struct Sm90BackwardConfig {
   static constexpr int kConvertingWarps = 2;  // of dq
   static constexpr int kWarpgroups = 2;       // those that compute
 
-  constexpr bool is_paired() const { return tile_n == 64; }
+  constexpr bool is_paired() const { return head_dim > 128; }
+  constexpr int cluster_blocks() const { return is_paired() ? 2 : 1; }
+  constexpr int block_keys() const { return tile_n / cluster_blocks(); }
   constexpr int num_threads() const { return 128 * (kWarpgroups + 1); }
 
-  // dQ of a query tile is made and converted in groups of 64 rows: the blocks of 64 columns of a
-  // pair, else one for each warpgroup.
-  constexpr int num_groups() const { return is_paired() ? head_dim / 64 : kWarpgroups; }
+  // dQ of a query tile is handed over and converted in groups of 64 rows: 32 columns of a pair,
+  // else one for each warpgroup.
+  constexpr int num_groups() const { return is_paired() ? head_dim / 32 : kWarpgroups; }
   constexpr int group_bytes() const {
     return tile_m * head_dim * int(sizeof(float)) / num_groups();
   }
-  /// What leaves a warpgroup at once: a group of dQ, or dV of its keys, or in a pair 128 columns of
-  /// dK or dV.
+  /// What leaves a warpgroup at once through shared memory: a group of dQ, or dV of its keys. Of a
+  /// pair all of it leaves straight from registers.
   constexpr int outbox_bytes() const {
-    return imax(group_bytes(), 64 * imin(head_dim_v, 128) * element_size(dtype));
+    return is_paired() ? 0 : imax(group_bytes(), 64 * head_dim_v * element_size(dtype));
   }
+  /// Columns of the other thread block's K that a thread block needs for its half of dQ.
+  constexpr int peer_cols() const { return is_paired() ? 128 : 0; }
   constexpr int smem_bytes() const {
-    int const keys = tile_n * (head_dim + head_dim_v);
+    int const keys = block_keys() * (head_dim + head_dim_v + peer_cols());
     int const queries = tile_m * (kStages * head_dim + dout_stages * head_dim_v);
-    int const probabilities = (kStages + (is_paired() ? 1 : 0)) * tile_n * tile_m;  // dS, P
+    int const probabilities = kStages * cluster_blocks() * block_keys() * tile_m;  // dS
     int const landing = kConvertingWarps * landing_strips * group_bytes() / 4;
     int const statistics = (kStages + dout_stages) * tile_m * int(sizeof(float));
-    constexpr int kItem = 32, kTileAlignment = 1024;
-    int const barriers = 4 * kStages + 2 * dout_stages + 7 + 3 * kWarpgroups + kConvertingWarps;
+    constexpr int kItem = 56, kTileAlignment = 1024;
+    int const barriers = 7 * kStages + 2 * dout_stages + 10 + 3 * kWarpgroups + kConvertingWarps;
     return round_up((keys + queries + probabilities) * element_size(dtype) +
                         kWarpgroups * outbox_bytes() + landing + statistics + kItem +
                         int(sizeof(uint64_t)) * barriers,
@@ -65,9 +70,9 @@ inline constexpr Sm90BackwardConfig kSm90BackwardRows[] = {
     {kDType,  96,  96, true,   64, 128,  2,   4},
     {kDType, 128, 128, false,  64, 128,  2,   4},
     {kDType, 128, 128, true,   64, 128,  2,   4},
-    {kDType, 192, 128, false,  64,  64,  2,   4},
-    {kDType, 192, 192, false,  64,  64,  1,   4},
-    {kDType, 256, 256, false,  64,  64,  1,   1},
+    {kDType, 192, 128, false,  64, 128,  2,   4},
+    {kDType, 192, 192, false,  64, 128,  2,   4},
+    {kDType, 256, 256, false,  64, 128,  1,   4},
     // clang-format on
 };
 

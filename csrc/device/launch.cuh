@@ -55,20 +55,22 @@ void launch(int64_t num_blocks, int num_threads, int smem_bytes, void* stream,
 
 /// As launch(), but the kernel starts once all blocks of the stream's last kernel have called
 /// griddepcontrol.launch_dependents, and has to wait for that kernel's end itself
-/// (griddepcontrol.wait).
-template <auto kKernel, class... Args>
+/// (griddepcontrol.wait). Thread blocks come in clusters of kClusterBlocks.
+template <auto kKernel, int kClusterBlocks = 1, class... Args>
 void launch_early(int64_t num_blocks, int num_threads, int smem_bytes, void* stream,
                   Args const&... args) {
   allow_shared_memory<kKernel>(smem_bytes);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {kClusterBlocks, 1, 1};
   cudaLaunchConfig_t const config{.gridDim = {checked_grid(num_blocks), 1, 1},
                                   .blockDim = {unsigned(num_threads), 1, 1},
                                   .dynamicSmemBytes = std::size_t(smem_bytes),
                                   .stream = static_cast<cudaStream_t>(stream),
-                                  .attrs = &attribute,
-                                  .numAttrs = 1};
+                                  .attrs = attributes,
+                                  .numAttrs = kClusterBlocks > 1 ? 2u : 1u};
   check_cuda(cudaLaunchKernelEx(&config, kKernel, args...), "kernel launch");
 }
 

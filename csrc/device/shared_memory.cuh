@@ -41,6 +41,11 @@ __device__ __forceinline__ void store_shared_8(uint32_t address, uint32_t x, uin
   asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x), "r"(y) : "memory");
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t address, uint32_t const (&v)[4]) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]),
+               "r"(v[2]), "r"(v[3])
+               : "memory");
+}
 __device__ __forceinline__ uint4 load_shared_16(uint32_t address) {
   uint4 chunk;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -67,6 +67,25 @@ __device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_
       : "memory");
 }
 
+/// Starts to bring a box to L2.
+__device__ __forceinline__ void tma_prefetch(CUtensorMap const& map, BoxOrigin const& origin) {
+  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map),
+               "r"(origin.col), "r"(origin.row), "r"(origin.head), "r"(origin.outer),
+               "r"(origin.wrap)
+               : "memory");
+}
+/// As tma_load(), to the same place in both thread blocks of a cluster; the bytes count towards the
+/// barrier at this place in each.
+__device__ __forceinline__ void tma_load_both(uint32_t smem_address, CUtensorMap const& map,
+                                              uint32_t barrier, BoxOrigin const& origin) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(smem_address),
+      "l"(&map), "r"(barrier), "r"(origin.col), "r"(origin.row), "r"(origin.head),
+      "r"(origin.outer), "r"(origin.wrap), "h"(uint16_t{3})
+      : "memory");
+}
+
 /// Starts the copy of `bytes` bytes, a multiple of 16, to shared memory; they count towards the
 /// barrier's phase.
 __device__ __forceinline__ void bulk_load(uint32_t smem_address, void const* source, uint32_t bytes,
@@ -75,6 +94,23 @@ __device__ __forceinline__ void bulk_load(uint32_t smem_address, void const* sou
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
       "[%3];" ::"r"(smem_address),
       "l"(source), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+/// Starts a copy to a thread block of the cluster; target and barrier are the cluster's addresses.
+__device__ __forceinline__ void bulk_send(uint32_t target, uint32_t smem_address, uint32_t bytes,
+                                          uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+      "[%3];" ::"r"(target),
+      "r"(smem_address), "r"(bytes), "r"(barrier)
+      : "memory");
+}
+/// Stores a word in a thread block of the cluster, without waiting; its bytes count towards the
+/// barrier's phase. Both are the cluster's addresses.
+__device__ __forceinline__ void store_async(uint32_t target, int value, uint32_t barrier) {
+  asm volatile(
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.s32 [%0], %1, [%2];" ::"r"(target),
+      "r"(value), "r"(barrier)
       : "memory");
 }
 /// Starts the addition of floats in shared memory to global memory.

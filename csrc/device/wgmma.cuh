@@ -88,6 +88,8 @@ struct Wgmma;
 #define FLASH_D8(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3]), \
                     "+f"(d[n + 1][0]), "+f"(d[n + 1][1]), "+f"(d[n + 1][2]), "+f"(d[n + 1][3])
 #define FLASH_D32(n) FLASH_D8(n), FLASH_D8(n + 2), FLASH_D8(n + 4), FLASH_D8(n + 6)
+#define FLASH_D16(n) FLASH_D8(n), FLASH_D8(n + 2)
+#define FLASH_R16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define FLASH_R32 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
                   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define FLASH_R40 FLASH_R32 ", %32, %33, %34, %35, %36, %37, %38, %39"
@@ -128,6 +130,7 @@ struct Wgmma;
   FLASH_WGMMA(N, kBf16, "bf16", __VA_ARGS__)    \
   FLASH_WGMMA(N, kFp16, "f16", __VA_ARGS__)
 
+FLASH_WGMMA_BOTH(32, FLASH_R16, "%16", "%17", "%18", "%19", "%20", "%21", "%22", FLASH_D16(0))
 FLASH_WGMMA_BOTH(64, FLASH_R32, "%32", "%33", "%34", "%35", "%36", "%37", "%38",
                  FLASH_D32(0))
 FLASH_WGMMA_BOTH(80, FLASH_R40, "%40", "%41", "%42", "%43", "%44", "%45", "%46",
@@ -145,7 +148,9 @@ FLASH_WGMMA_BOTH(256, FLASH_R128, "%128", "%129", "%130", "%131", "%132", "%133"
 // clang-format on
 
 #undef FLASH_D8
+#undef FLASH_D16
 #undef FLASH_D32
+#undef FLASH_R16
 #undef FLASH_R32
 #undef FLASH_R40
 #undef FLASH_R48

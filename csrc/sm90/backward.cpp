@@ -19,6 +19,10 @@ struct Views {
   TensorView q, k, v, dout, dk, dv;
 };
 
+int num_clusters(Sm90BackwardConfig const& config, Device const& device) {
+  return device.num_sms / config.cluster_blocks();
+}
+
 bool is_packed(BackwardParams const& params) {
   return params.sequences.cu_seqlens_q != nullptr;
 }
@@ -138,7 +142,7 @@ int backward_section(Sm90BackwardConfig const& config, BackwardParams const& par
       bytes_per_row * shape.query_heads_per_key_head() * round_up(shape.seqlen_q, config.tile_m);
   int const fit = heads_per_section(bytes_per_head, kSectionBytes, key_heads);
   int const one_item_an_sm =
-      imin(device.num_sms / ceil_div(shape.seqlen_k, config.tile_n), key_heads);
+      imin(num_clusters(config, device) / ceil_div(shape.seqlen_k, config.tile_n), key_heads);
   return imin(section_limit.load(std::memory_order_relaxed), imax(fit, one_item_an_sm));
 }
 
@@ -167,14 +171,16 @@ void backward(Sm90BackwardConfig const& config, BackwardParams const& params, in
     division.tiles.list = lists.tiles.list();
   }
   int const dim = config.head_dim, dim_v = config.head_dim_v;
+  int const stored_keys = config.is_paired() ? 16 : 64;
+  int const query_rows = config.tile_m / config.cluster_blocks();
   BackwardKernelParams const kernel_params{
       .problem = params,
-      .q = make_tensor_map(views.q, config.tile_m, dim),
-      .dout = make_tensor_map(views.dout, config.tile_m, dim_v),
-      .k = make_tensor_map(views.k, config.tile_n, dim),
-      .v = make_tensor_map(views.v, config.tile_n, dim_v),
-      .dk = make_tensor_map(views.dk, 64, dim),
-      .dv = make_tensor_map(views.dv, 64, dim_v),
+      .q = make_tensor_map(views.q, query_rows, dim),
+      .dout = make_tensor_map(views.dout, query_rows, dim_v),
+      .k = make_tensor_map(views.k, config.block_keys(), dim),
+      .v = make_tensor_map(views.v, config.block_keys(), dim_v),
+      .dk = make_tensor_map(views.dk, stored_keys, dim),
+      .dv = make_tensor_map(views.dv, stored_keys, dim_v),
       .rows = views.q.row_map(),
       .division = division,
       .workspace = {.dq_sums = static_cast<float*>(params.workspace),
@@ -184,7 +190,8 @@ void backward(Sm90BackwardConfig const& config, BackwardParams const& params, in
                     .converted = counters + 2 + division.num_tiles()}};
   int64_t const num_items =
       int64_t(division.items.order.num_blocks) * division.items.order.num_batch_heads;
-  int const num_blocks = int(num_items < device.num_sms ? num_items : device.num_sms);
+  int const clusters = num_clusters(config, device);
+  int const num_blocks = config.cluster_blocks() * int(num_items < clusters ? num_items : clusters);
   launch_in_unit(config, [&]<int kHeadDim>() {
     return BackwardUnit<kHeadDim>::launch(config, kernel_params, num_blocks, stream);
   });

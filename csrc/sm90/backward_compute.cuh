@@ -72,7 +72,7 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
       this->mask(scores, key_begin, m_block);
     }
     Operand p, ds_operand;
-    this->exponentiate(scores, p);
+    this->exponentiate(scores, this->lse_log2(), p);
     pin(p);
     if constexpr (kIsFirst) {
       wait(shared.dk_empty, key_phase ^ 1);
@@ -87,7 +87,7 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
       drop(p, extras.kept);
       pin(p);
     } else {
-      this->differentiate(dp, p, ds_operand);
+      this->differentiate(dp, p, this->softmax_d(), ds_operand);
     }
     this->template store_rows<TileDs>(ds_operand, shared.ds[queries.stage], warpgroup_idx * 64);
     pin(ds_operand);
@@ -110,7 +110,7 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     wgmma_wait<0>();
     arrive(shared.dout_empty[dout().stage]);
     arrive(shared.q_empty[queries.stage]);
-    this->next_queries();
+    queries.advance();
   }
   /// dQ of the last query tile of an item.
   __device__ __forceinline__ void finish_steps() {

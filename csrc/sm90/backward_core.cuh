@@ -29,10 +29,7 @@ struct BackwardCore {
   int warpgroup_idx;   // among the computing ones
   int const warp_idx;  // in its warpgroup
   float const scale_log2;
-  // Registers are scarce: the buffers of Q and dS, and those of dO if there are as many, go round
-  // together.
   Ring<Traits::kStages> queries;
-  Ring<Traits::kDoutStages> dout_if_fewer;
   uint32_t key_phase = 0, outbox_phase = 0;
 
   __device__ __forceinline__ BackwardCore(BackwardKernelParams const& params,
@@ -45,16 +42,18 @@ struct BackwardCore {
                                  ? score_unit(params.problem.scores, params.problem.softmax_scale)
                                  : params.problem.softmax_scale)) {}
 
-  __device__ __forceinline__ auto const& dout() const {
+  // Registers are scarce: where there is one buffer, its phase is the stage of what has two.
+  __device__ __forceinline__ uint32_t one_buffer_phase() const {
+    static_assert(Traits::kStages == 2);
+    return queries.stage;
+  }
+  __device__ __forceinline__ auto dout() const {
     if constexpr (Traits::kDoutStages == Traits::kStages) {
       return queries;
     } else {
-      return dout_if_fewer;
+      static_assert(Traits::kDoutStages == 1);
+      return Ring<1>{0, one_buffer_phase()};
     }
-  }
-  __device__ __forceinline__ void next_queries() {
-    queries.advance();
-    dout_if_fewer.advance();
   }
 
   static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
@@ -205,7 +204,7 @@ struct BackwardCore {
     uint64_t const a = advanced(wgmma_descriptor<TileDs>(smem_address(shared.ds[ds_stage])), rows);
     uint64_t const b = advanced(wgmma_descriptor<TileK>(smem_address(shared.k)), columns);
 #pragma unroll
-    for (int step = 0; step < Traits::kTileN / 16; ++step) {
+    for (int step = 0; step < Traits::kBlockKeys / 16; ++step) {
       Wgmma<64, kDType>::template ss<true, true>(dq, advanced(a, rows_step<TileDs>(step)),
                                                  advanced(b, rows_step<TileK>(step)), step > 0);
     }
@@ -214,12 +213,28 @@ struct BackwardCore {
 
   // ---- Arithmetic ----
 
+  /// lse_log2 or softmax_d of this lane's two queries of fragment n, where they lie.
+  struct RowStatistics {
+    uint32_t address;
+
+    __device__ __forceinline__ float2 operator()(int n) const {
+      return load_shared_float2(address + n * 32);
+    }
+  };
+  __device__ __forceinline__ RowStatistics lse_log2() const {
+    return {smem_address(shared.lse_log2[queries.stage]) + lane_idx() % 4 * 8};
+  }
+  __device__ __forceinline__ RowStatistics softmax_d() const {
+    return {smem_address(shared.softmax_d[dout().stage]) + lane_idx() % 4 * 8};
+  }
+
   /// P^T = exp2(S^T scale_log2 - lse).
-  __device__ __forceinline__ void exponentiate(Scores const& scores, Operand& p) const {
-    uint32_t const lse = smem_address(shared.lse_log2[queries.stage]) + lane_idx() % 4 * 8;
+  template <class Statistics>
+  __device__ __forceinline__ void exponentiate(Scores const& scores, Statistics const& lse,
+                                               Operand& p) const {
 #pragma unroll
     for (int n = 0; n < kFragmentsS; ++n) {
-      float2 const row_lse = load_shared_float2(lse + n * 32);
+      float2 const row_lse = lse(n);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float const left = exp2_approx(fmaf(scores[n][2 * half], scale_log2, -row_lse.x));
@@ -229,12 +244,12 @@ struct BackwardCore {
     }
   }
   /// dS^T = P^T (dP^T - softmax_d) with P as it went into dV.
+  template <class Statistics>
   __device__ __forceinline__ void differentiate(Scores const& dp, Operand const& p,
-                                                Operand& ds) const {
-    uint32_t const softmax_d = smem_address(shared.softmax_d[dout().stage]) + lane_idx() % 4 * 8;
+                                                Statistics const& softmax_d, Operand& ds) const {
 #pragma unroll
     for (int n = 0; n < kFragmentsS; ++n) {
-      float2 const row_d = load_shared_float2(softmax_d + n * 32);
+      float2 const row_d = softmax_d(n);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float2 const probability = unpack2<kDType>(p[n / 2][n % 2 * 2 + half]);

@@ -26,7 +26,7 @@ void launch_backward(BackwardKernelParams const& params, int num_blocks, void* s
   } else {
     preprocess([](auto const&... args) { flash::launch_early<kPreprocess>(args...); });
   }
-  flash::launch_early<backward_kernel<BackwardTraits<kConfig>>>(
+  flash::launch_early<backward_kernel<BackwardTraits<kConfig>>, kConfig.cluster_blocks()>(
       num_blocks, kConfig.num_threads(), kConfig.smem_bytes(), stream, params);
 }
 

@@ -23,6 +23,13 @@ __device__ __forceinline__ WorkItem work_item(BackwardKernelParams const& params
   return {tile.block, tile.batch_head % num_heads_k, batch, range.min, range.max};
 }
 
+/// The first of this thread block's keys.
+template <class Traits>
+__device__ __forceinline__ int first_key(WorkItem const& item) {
+  int const key = item.n_block * Traits::kTileN;
+  return Traits::kPaired ? key + Traits::kBlockKeys * int(cluster_rank()) : key;
+}
+
 template <class Traits>
 struct BackwardLoader {
   static constexpr Sm90BackwardConfig kConfig = Traits::kConfig;
@@ -44,16 +51,64 @@ struct BackwardLoader {
                l2_policy...);
     }
   }
-  /// Copies a key tile, which no other thread block reads.
+  /// Rows of Q or dO for both thread blocks of a cluster: each copies half of them to both.
+  template <class Tile>
+  static __device__ __forceinline__ void load_shared_rows(CUtensorMap const& map, char* tile,
+                                                          uint32_t barrier, int row, int head,
+                                                          RowOrigin const& origin) {
+    int const first_row = Tile::kRows / 2 * cluster_rank();
+#pragma unroll
+    for (int block = 0; block < Tile::kCols / Tile::kBlockCols; ++block) {
+      tma_load_both(smem_address(tile) + block * Tile::kBlockBytes + first_row * Tile::kRowBytes,
+                    map, barrier,
+                    {block * Tile::kBlockCols, origin.row + row + first_row, head, origin.outer,
+                     origin.wrap});
+    }
+  }
+  /// Copies this thread block's rows of a key tile, which are not needed again.
   template <class Tile>
   __device__ __forceinline__ void load_keys(CUtensorMap const& map, char* tile, uint64_t& full,
                                             WorkItem const& item) const {
     uint32_t const barrier = smem_address(&full);
     Sequence const sequence = params.sequence(fresh(item.batch));
     mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
-    load_rows<Tile>(map, tile, barrier, item.n_block * Tile::kRows, item.head_k,
+    load_rows<Tile>(map, tile, barrier, first_key<Traits>(item), item.head_k,
                     params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k),
                     evict_first());
+  }
+  /// Brings the item's K and V to L2. This thread draws an item two query tiles before the last one
+  /// gives up their place; from DRAM they would take longer, above all where all items end
+  /// together.
+  __device__ __forceinline__ void prefetch_keys(WorkItem const& item) const {
+    Sequence const sequence = params.sequence(fresh(item.batch));
+    RowOrigin const origin =
+        params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
+    int const row = origin.row + first_key<Traits>(item);
+#pragma unroll 1
+    for (int col = 0; col < kConfig.head_dim; col += 64) {
+      tma_prefetch(params.k, {col, row, item.head_k, origin.outer, origin.wrap});
+      if (col < kConfig.head_dim_v) {
+        tma_prefetch(params.v, {col, row, item.head_k, origin.outer, origin.wrap});
+      }
+    }
+  }
+  /// The columns of the other thread block's K by which this one multiplies its dS.
+  __device__ __forceinline__ void load_peer_k(WorkItem const& item) const {
+    using Tile = typename Traits::TilePeerK;
+    uint32_t const barrier = smem_address(&shared.peer_k_full);
+    uint32_t const rank = cluster_rank();
+    Sequence const sequence = params.sequence(fresh(item.batch));
+    RowOrigin const origin =
+        params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
+    int const row = origin.row + item.n_block * Traits::kTileN + Tile::kRows * (1 - rank);
+    mbarrier_wait(smem_address(&shared.peer_k_empty), key_phase ^ 1);
+    mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      tma_load(
+          smem_address(shared.peer_k) + i * Tile::kBlockBytes, params.k, barrier,
+          {(Traits::first_dq_block(rank) + i) * 64, row, item.head_k, origin.outer, origin.wrap});
+    }
   }
   __device__ __forceinline__ void load_v(WorkItem const& item) {
     mbarrier_wait(smem_address(&shared.v_empty), key_phase ^ 1);
@@ -64,6 +119,9 @@ struct BackwardLoader {
     mbarrier_wait(smem_address(&shared.k_empty), key_phase ^ 1);
     shared.item = item;
     load_keys<typename Traits::TileK>(params.k, shared.k, shared.k_full, item);
+    if constexpr (Traits::kPaired) {
+      load_peer_k(item);
+    }
   }
 
   /// Copies a query tile's rows of Q or dO and of their statistics, which travel together.
@@ -78,8 +136,13 @@ struct BackwardLoader {
     uint32_t const barrier = smem_address(&full);
     mbarrier_wait(smem_address(&empty), phase ^ 1);
     mbarrier_arrive_expect_tx(barrier, Tile::kBytes + Traits::kTileM * 4);
-    load_rows<Tile>(map, tile, barrier, row, head,
-                    params.rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q));
+    RowOrigin const origin =
+        params.rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
+    if constexpr (Traits::kPaired) {
+      load_shared_rows<Tile>(map, tile, barrier, row, head, origin);
+    } else {
+      load_rows<Tile>(map, tile, barrier, row, head, origin);
+    }
     int64_t const entry_head = int64_t(sequence.entry_q) * problem.shape.num_heads + head;
     int const first_row = first_softmax_d_row(sequence, problem.sequences, batch);
     bulk_load(smem_address(target),
@@ -126,6 +189,9 @@ struct BackwardLoader {
     int const group_size = params.problem.shape.query_heads_per_key_head();
     int const step = params.division.step;
     bool is_first = true;
+    if constexpr (Traits::kPaired) {
+      prefetch_keys(item);
+    }
     for_each_query_tile(item, group_size, step, [&](int head_in_group, int m_block) {
       int const head = fresh(item.head_k) * group_size + head_in_group;
       wait_for_slot(item, fresh(head_in_group), m_block);
@@ -146,9 +212,28 @@ struct BackwardLoader {
     key_phase ^= 1;
   }
 
+  /// Number of the next item. Of a cluster the first thread block draws it and tells the other.
+  __device__ __forceinline__ int draw() const {
+    if constexpr (!Traits::kPaired) {
+      return atomicAdd(params.workspace.next, 1);
+    }
+    if (cluster_rank() == 0) {
+      int const idx = atomicAdd(params.workspace.next, 1);
+      mbarrier_wait(smem_address(&shared.drawn_empty), key_phase ^ 1);
+      store_async(cluster_address(smem_address(&shared.drawn), 1), idx,
+                  cluster_address(smem_address(&shared.drawn_full), 1));
+      return idx;
+    }
+    mbarrier_arrive_expect_tx(smem_address(&shared.drawn_full), sizeof(int));
+    mbarrier_wait(smem_address(&shared.drawn_full), key_phase);
+    int const idx = int(load_shared(smem_address(&shared.drawn)));
+    mbarrier_arrive_at(smem_address(&shared.drawn_empty), 0);
+    return idx;
+  }
+
   __device__ __forceinline__ void run() {
     while (true) {
-      WorkItem const item = work_item<Traits>(params, atomicAdd(params.workspace.next, 1));
+      WorkItem const item = work_item<Traits>(params, draw());
       if (item.n_block < 0) {
         break;
       }

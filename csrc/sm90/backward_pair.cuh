@@ -2,8 +2,9 @@
 // and dV together don't fit one warpgroup's registers.
 //
 // The first makes S^T = K Q^T, P and dV += P^T dO, the second dP^T = V dO^T, dS and dK += dS^T Q: P
-// goes from one to the other as it lies in registers, dS through shared memory, and each makes some
-// of the groups of dQ = dS K.
+// goes from one to the other as it lies in registers. Two such thread blocks, a cluster, walk over
+// the same query tiles with neighbouring keys. They exchange dS, and each makes half of the columns
+// of dQ = dS K over the keys of both.
 #pragma once
 
 #include "sm90/backward_core.cuh"
@@ -13,70 +14,150 @@ namespace flash::sm90 {
 template <class Traits, bool kMakesP>
 struct BackwardPairWarpgroup : BackwardCore<Traits> {
   using Core = BackwardCore<Traits>;
-  using Core::arrive, Core::hand_over, Core::store_dq, Core::wait;
+  using Core::arrive, Core::lane_idx, Core::wait;
   using Core::dout, Core::key_phase, Core::params, Core::queries, Core::shared;
-  using Core::kConfig, Core::warpgroup_idx;
-  using typename Core::Group, typename Core::Operand, typename Core::Scores;
+  using Core::kConfig, Core::kDType, Core::warp_idx, Core::warpgroup_idx;
+  using typename Core::Operand, typename Core::Scores;
   using typename Core::TileDout, typename Core::TileDs, typename Core::TileK;
   using typename Core::TileQ, typename Core::TileV;
+  using TilePeerK = typename Traits::TilePeerK;
 
   static constexpr int kGradientCols = kMakesP ? kConfig.head_dim_v : kConfig.head_dim;
-  static constexpr int kFirstGroup = kMakesP ? 0 : 2;
-  static constexpr bool kHasTwoGroups = kFirstGroup + 1 < Traits::kGroups;
+  static constexpr int kDqCols = kMakesP ? 64 : Traits::kRestCols;
+  static constexpr int kGroupFragments = Traits::kGroupCols / 8;
+  static constexpr int kWarpBytesOfDs = 16 * TileDs::kRowBytes;
+  using Dq = float[kDqCols / 8][4];
 
-  uint32_t p_phase = 0;
   float gradient[kGradientCols / 8][4];  // dV or dK
-  Group last_group;                      // of the query tile before, not yet handed over
 
   using Core::Core;
 
   /// Keeps descriptors of K and V from being held in registers for all query tiles: they spill.
   static __device__ __forceinline__ int fresh_zero() { return Core::uniform(fresh(0)); }
+  static __device__ __forceinline__ int fresh_rank() {
+    return Core::uniform(fresh(int(cluster_rank())));
+  }
+  /// For the whole warp: as arrive(), in both thread blocks.
+  static __device__ __forceinline__ void arrive_both(uint64_t& barrier) {
+    __syncwarp();
+    if (lane_idx() < 2) {
+      mbarrier_arrive_at(smem_address(&barrier), lane_idx());
+    }
+  }
 
   // ---- dQ ----
 
-  template <int kGroup>
-  __device__ __forceinline__ void issue_dq(Group& dq) const {
-    this->issue_ds_k(dq, queries.stage, 0, (kGroup + fresh_zero()) * TileK::kBlockBytes);
-  }
-  __device__ __forceinline__ void keep(Group const& dq) {
+  /// This warpgroup's columns of dQ of the tile before.
+  __device__ __forceinline__ void issue_dq(Dq& dq) const {
+    static_assert(TilePeerK::kBlockBytes == TileK::kBlockBytes);
+    Ring<Traits::kStages> const last = queries.previous();
+    int const rank = fresh_rank();
+    int const block = kMakesP ? rank : 1 - rank;  // of the two of this thread block
+    int const first_col = kMakesP || rank == 0 ? 0 : 64 - kDqCols;
+    int const peer_columns = block * TileK::kBlockBytes + first_col * 2;
+    int const columns = Traits::first_dq_block(rank) * TileK::kBlockBytes + peer_columns;
+    uint64_t const ds = wgmma_descriptor<TileDs>(smem_address(shared.ds[last.stage]));
+    uint64_t const k = advanced(wgmma_descriptor<TileK>(smem_address(shared.k)), columns);
+    uint64_t const peer_k =
+        advanced(wgmma_descriptor<TilePeerK>(smem_address(shared.peer_k)), peer_columns);
+    wait(shared.peer_k_full, key_phase);
+    wait(shared.ds_full[last.stage], last.phase);
+    wgmma_fence();
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        last_group[n][e] = dq[n][e];
-      }
+    for (int step = 0; step < 2 * Traits::kBlockKeys / 16; ++step) {
+      constexpr int kSteps = Traits::kBlockKeys / 16;
+      Wgmma<kDqCols, kDType>::template ss<true, true>(
+          dq, advanced(ds, rows_step<TileDs>(step)),
+          advanced(step < kSteps ? k : peer_k, rows_step<TileK>(step % kSteps)), step > 0);
     }
+    wgmma_commit();
+  }
+  /// Adds to the sums straight from registers: the way through shared memory would be twice through
+  /// what limits this kernel.
+  __device__ __forceinline__ void add_dq(Dq const& dq) const {
+    Ring<Traits::kStages> const last = queries.previous();
+    arrive_both(shared.ds_empty[last.stage]);
+    wait(shared.dq_turn[last.stage], last.phase);
+    int const group = Traits::first_dq_group(fresh_rank(), warpgroup_idx);
+    uint32_t const offset =
+        group * Traits::kGroupBytes + warp_idx * Traits::kStripBytes + lane_idx() * 16;
+    char* const strip = reinterpret_cast<char*>(shared.dq_sums[last.stage]) + offset;
+#pragma unroll
+    for (int n = 0; n < kDqCols / 8; ++n) {
+      add_relaxed(reinterpret_cast<float*>(strip + n / kGroupFragments * Traits::kGroupBytes +
+                                           n % kGroupFragments * Traits::kFragmentBytes),
+                  dq[n]);
+    }
+    arrive(shared.dq_added[last.stage]);
+  }
+  /// dQ of an item's last query tile.
+  __device__ __forceinline__ void finish_dq() const {
+    Dq dq;
+    issue_dq(dq);
+    wgmma_wait<0>();
+    pin(dq);
+    add_dq(dq);
   }
 
-  // ---- P ----
+  // ---- P and dS ----
 
+  /// P of this lane waits where the dS will be that the second warpgroup's same lane makes of it.
+  __device__ __forceinline__ uint32_t place_of_p() const {
+    return smem_address(shared.ds[queries.stage]) + warp_idx * kWarpBytesOfDs + lane_idx() * 16;
+  }
   __device__ __forceinline__ void send_p(Operand const& p) {
-    wait(shared.p_empty, p_phase ^ 1);
+    wait(shared.ds_empty[queries.stage], queries.phase ^ 1);
 #pragma unroll
     for (int step = 0; step < Core::kStepsM; ++step) {
-      *reinterpret_cast<uint4*>(shared.pair.p[step][threadIdx.x % 128]) = {p[step][0], p[step][1],
-                                                                           p[step][2], p[step][3]};
+      store_shared_16(place_of_p() + step * 512, p[step]);
     }
-    arrive(shared.p_full);
-    p_phase ^= 1;
+    arrive(shared.p_full[queries.stage]);
   }
   __device__ __forceinline__ void receive_p(Operand& p) {
-    wait(shared.p_full, p_phase);
+    static_assert(kWarpBytesOfDs == Core::kStepsM * 512);
+    wait(shared.p_full[queries.stage], queries.phase);
 #pragma unroll
     for (int step = 0; step < Core::kStepsM; ++step) {
-      uint4 const four = *reinterpret_cast<uint4 const*>(shared.pair.p[step][threadIdx.x % 128]);
+      uint4 const four = load_shared_16(place_of_p() + step * 512);
       p[step][0] = four.x, p[step][1] = four.y, p[step][2] = four.z, p[step][3] = four.w;
     }
-    arrive(shared.p_empty);
-    p_phase ^= 1;
   }
+  /// To both thread blocks; a warp's 16 rows are one run of bytes.
+  __device__ __forceinline__ void send_ds(Operand const& ds) {
+    char* const tile = shared.ds[queries.stage];
+    __syncwarp();  // P has been read
+    this->template store_rows<TileDs>(ds, tile, fresh_zero());
+    fence_async_proxy();
+    __syncwarp();
+    if (lane_idx() == 0) {
+      constexpr int kBytes = kWarpBytesOfDs;
+      uint32_t const peer = 1 - cluster_rank();
+      uint32_t const rows = smem_address(tile) + warp_idx * kBytes;
+      uint32_t const full = smem_address(&shared.ds_full[queries.stage]);
+      bulk_send(cluster_address(rows + TileDs::kBytes, peer), rows, kBytes,
+                cluster_address(full, peer));
+      mbarrier_arrive_expect_tx(full, kBytes);  // those of the other one's warp
+    }
+  }
+
+  /// Read while the product is under way that they will be needed with.
+  struct RowStatistics {
+    float2 of_fragment[Core::kFragmentsS];
+
+    __device__ __forceinline__ RowStatistics(typename Core::RowStatistics const& statistics) {
+#pragma unroll
+      for (int n = 0; n < Core::kFragmentsS; ++n) {
+        of_fragment[n] = statistics(n);
+      }
+    }
+    __device__ __forceinline__ float2 operator()(int n) const { return of_fragment[n]; }
+  };
 
   // ---- Steps ----
 
-  /// The first warpgroup's part of a query tile. The second group of dQ is handed over under S of
-  /// the next tile. Across the back edge of the loop nothing is in flight, for ptxas would wait for
-  /// it (C7514).
+  /// The first warpgroup's part of a query tile. dQ is that of the tile before, whose dS takes its
+  /// time to come from the other thread block. Across the back edge of the loop nothing is in
+  /// flight, for ptxas would wait for it (C7514).
   template <bool kIsFirst>
   __device__ __forceinline__ void make_p_and_dv(int key_begin, int m_block, bool needs_mask) {
     Scores scores;
@@ -84,103 +165,154 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
     wgmma_fence();
     this->template issue_scores<TileK, TileQ>(scores, shared.k, fresh_zero(),
                                               shared.q[queries.stage]);
-    if constexpr (!kIsFirst) {
-      store_dq(last_group);
-    }
+    RowStatistics const lse(this->lse_log2());
     wgmma_wait<0>();
     pin(scores);
     if (needs_mask) {
       this->mask(scores, key_begin, m_block);
     }
     Operand p;
-    this->exponentiate(scores, p);
+    this->exponentiate(scores, lse, p);
+    if constexpr (kIsFirst) {
+      wait(shared.peer_k_empty, key_phase ^ 1);  // dK of the item before has left dS's place
+    }
     send_p(p);
-    arrive(shared.q_empty[queries.stage]);
+    arrive_both(shared.q_empty[queries.stage]);
     wait(shared.dout_full[dout().stage], dout().phase);
     pin(p);
+    Dq dq;
+    if constexpr (!kIsFirst) {
+      issue_dq(dq);
+    }
     wgmma_fence();
     this->template issue_gradient<TileDout>(gradient, p, shared.dout[dout().stage], !kIsFirst);
-    wait(shared.ds_full[queries.stage], queries.phase);
-    Group first, second;
-    wgmma_fence();
-    issue_dq<0>(first);
+    if constexpr (!kIsFirst) {
+      wgmma_wait<1>();
+      pin(dq);
+      add_dq(dq);
+    }
     wgmma_wait<0>();
-    pin(first);
-    arrive(shared.dout_empty[dout().stage]);
-    wgmma_fence();
-    issue_dq<1>(second);
-    store_dq(first);
-    wgmma_wait<0>();
-    pin(second);
-    arrive(shared.ds_empty[queries.stage]);
-    keep(second);
-    advance();
+    arrive_both(shared.dout_empty[dout().stage]);
   }
 
   /// The second warpgroup's part.
   template <bool kIsFirst>
-  __device__ __forceinline__ void make_ds_and_dk() {
+  __device__ __forceinline__ void make_ds_and_dk(bool is_last) {
     Scores dp;
     wait(shared.dout_full[dout().stage], dout().phase);
     wgmma_fence();
     this->template issue_scores<TileV, TileDout>(dp, shared.v, fresh_zero(),
                                                  shared.dout[dout().stage]);
-    if constexpr (kHasTwoGroups && !kIsFirst) {
-      store_dq(last_group);
-    }
-    Operand p, ds_operand;
+    RowStatistics const softmax_d(this->softmax_d());
+    Operand p, ds;
     receive_p(p);
-    wait(shared.ds_empty[queries.stage], queries.phase ^ 1);
     wgmma_wait<0>();
     pin(dp);
-    this->differentiate(dp, p, ds_operand);
-    this->template store_rows<TileDs>(ds_operand, shared.ds[queries.stage], 0);
-    pin(ds_operand);
-    hand_over(shared.ds_full[queries.stage]);
-    arrive(shared.dout_empty[dout().stage]);
+    if (is_last) {
+      arrive(shared.v_read);
+    }
+    this->differentiate(dp, p, softmax_d, ds);
+    pin(ds);
+    arrive_both(shared.dout_empty[dout().stage]);
+    send_ds(ds);
     wait(shared.q_full[queries.stage], queries.phase);
-    wait(shared.ds_full[queries.stage], queries.phase);
-    Group first, second;
+    pin(ds);
+    Dq dq;
+    if constexpr (!kIsFirst) {
+      issue_dq(dq);
+    }
     wgmma_fence();
-    issue_dq<kFirstGroup>(first);
-    this->template issue_gradient<TileQ>(gradient, ds_operand, shared.q[queries.stage], !kIsFirst);
-    wgmma_wait<1>();
-    pin(first);
-    store_dq(first);
-    if constexpr (kHasTwoGroups) {
-      wgmma_fence();
-      issue_dq<kFirstGroup + 1>(second);
+    this->template issue_gradient<TileQ>(gradient, ds, shared.q[queries.stage], !kIsFirst);
+    if constexpr (!kIsFirst) {
+      wgmma_wait<1>();
+      pin(dq);
+      add_dq(dq);
     }
     wgmma_wait<0>();
-    arrive(shared.q_empty[queries.stage]);
-    arrive(shared.ds_empty[queries.stage]);
-    if constexpr (kHasTwoGroups) {
-      pin(second);
-      keep(second);
-    }
-    advance();
+    arrive_both(shared.q_empty[queries.stage]);
   }
-  __device__ __forceinline__ void advance() { this->next_queries(); }
-  template <bool kIsFirst>
-  __device__ __forceinline__ void step(int key_begin, int m_block, bool needs_mask) {
+  template <bool kIsFirst, class Walk>
+  __device__ __forceinline__ void step(int key_begin, Walk const& walk) {
     if constexpr (kMakesP) {
-      make_p_and_dv<kIsFirst>(key_begin, m_block, needs_mask);
+      make_p_and_dv<kIsFirst>(key_begin, walk.m_block, walk.needs_mask());
     } else {
-      make_ds_and_dk<kIsFirst>();
+      make_ds_and_dk<kIsFirst>(walk.steps_left == 1);
     }
+    queries.advance();
   }
 
   // ---- Items ----
 
-  /// 128 columns of dV or dK, or what is left of it.
-  template <int kFirstCol>
-  __device__ __forceinline__ void send_columns() {
-    if constexpr (kFirstCol < kGradientCols) {
-      using Tile = SmemTile<64, imin(128, kGradientCols - kFirstCol)>;
-      this->template store_gradient<Tile, kFirstCol / 8>(
-          gradient, kMakesP ? 1.f : params.problem.softmax_scale, this->open_outbox());
-      hand_over(shared.outbox_full[warpgroup_idx]);
+  /// Where a block of 64 columns of dV or dK leaves through: V, or where dS and the other thread
+  /// block's K have been.
+  __device__ __forceinline__ char* outbox(int block) const {
+    constexpr int kBytes = SmemTile<64, 64>::kBytes;
+    if constexpr (kMakesP) {
+      return shared.v + block * kBytes;
+    } else {
+      return block < Traits::kStages ? shared.ds[block]
+                                     : shared.peer_k + (block - Traits::kStages) * kBytes;
     }
+  }
+  /// Writes this warp's 16 rows of dV or dK to shared memory, and starts their copies.
+  template <int kFirstCol = 0>
+  __device__ __forceinline__ void write_gradient() const {
+    if constexpr (kFirstCol < kGradientCols) {
+      this->template store_gradient<SmemTile<64, 64>, kFirstCol / 8>(
+          gradient, kMakesP ? 1.f : params.problem.softmax_scale, outbox(kFirstCol / 64));
+      write_gradient<kFirstCol + 64>();
+    }
+  }
+  __device__ __forceinline__ void send_gradient(WorkItem const& item) const {
+    write_gradient();
+    fence_async_proxy();
+    __syncwarp();
+    if (lane_idx() == 0) {
+      uint64_t const once = evict_first();
+      Sequence const sequence = params.sequence(item.batch);
+      RowOrigin const origin =
+          params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
+      int const row = origin.row + first_key<Traits>(item) + warp_idx * 16;
+#pragma unroll
+      for (int block = 0; block < kGradientCols / 64; ++block) {
+        tma_store(kMakesP ? params.dv : params.dk,
+                  smem_address(outbox(block)) + warp_idx * 16 * SmemTile<64, 64>::kRowBytes,
+                  {block * 64, row, item.head_k, origin.outer, origin.wrap}, once);
+      }
+      tma_store_commit();
+    }
+  }
+  /// While dS of the last query tile comes from the other thread block, dV leaves.
+  __device__ __forceinline__ void finish_dv(WorkItem const& item) {
+    wait(shared.v_read, key_phase);
+    send_gradient(item);
+    if (item.m_min < item.m_max) {
+      finish_dq();
+    }
+    arrive(shared.k_empty);
+    tma_store_wait_read();
+    arrive(shared.v_empty);
+  }
+  /// What dK leaves through is read by both thread blocks' products, and written by their copies,
+  /// until dQ of the last query tile is made.
+  __device__ __forceinline__ void finish_dk(WorkItem const& item) {
+    if (item.m_min < item.m_max) {
+      finish_dq();
+    } else {
+      arrive(shared.v_read);
+    }
+    arrive(shared.k_empty);
+    wait(shared.k_empty, key_phase);
+    wait(shared.peer_k_full, key_phase);  // of an item without query tiles
+    Ring<Traits::kStages> next = queries;
+#pragma unroll
+    for (int i = 0; i < Traits::kStages; ++i) {
+      wait(shared.ds_empty[next.stage], next.phase ^ 1);
+      next.advance();
+    }
+    send_gradient(item);
+    tma_store_wait_read();
+    arrive(shared.peer_k_empty);
   }
 
   __device__ __forceinline__ void run() {
@@ -190,29 +322,26 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
         wait(shared.v_full, key_phase);
       }
       if (item.m_min < item.m_max) {
-        int const key_begin = item.n_block * Traits::kTileN;
+        int const key_begin = Core::uniform(first_key<Traits>(item));
         auto walk = this->walk(item, key_begin);
-        step<true>(key_begin, walk.m_block, walk.needs_mask());
+        step<true>(key_begin, walk);
 #pragma unroll 1
         while (walk.steps_left > 1) {
           walk.advance();
-          step<false>(key_begin, walk.m_block, walk.needs_mask());
-        }
-        if (kMakesP || kHasTwoGroups) {
-          store_dq(last_group);
+          step<false>(key_begin, walk);
         }
       } else {
         this->clear(gradient);
       }
-      if (!kMakesP) {
-        arrive(shared.v_empty);
-      }
-      arrive(shared.k_empty);
       wgmma_wait<0>();  // nothing is pending, but ptxas wants it before the gradient is read
                         // (C7514)
       pin(gradient);
-      send_columns<0>();
-      send_columns<128>();
+      item = shared.item;  // looked up again: there are no registers to keep it
+      if constexpr (kMakesP) {
+        finish_dv(item);
+      } else {
+        finish_dk(item);
+      }
       key_phase ^= 1;
     }
   }

@@ -57,9 +57,9 @@ struct BackwardWorkspace {
 /// The problem, the boxes that the copy engine fetches and stores, and who computes what.
 struct BackwardKernelParams {
   BackwardParams problem;
-  CUtensorMap q, dout;  // boxes of tile_m rows
-  CUtensorMap k, v;     // boxes of tile_n rows
-  CUtensorMap dk, dv;   // boxes of 64 rows
+  CUtensorMap q, dout;  // boxes of what a thread block loads of tile_m rows
+  CUtensorMap k, v;     // boxes of the rows of a thread block's keys
+  CUtensorMap dk, dv;   // boxes of 64 rows, those of a warpgroup; of a pair 16, those of a warp
   RowMap rows;          // of all of them: either all are packed, which is one entry, or none
   BackwardDivision division;
   BackwardWorkspace workspace;
