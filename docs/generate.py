@@ -117,15 +117,24 @@ def kernel_tables() -> dict[str, str]:
         "shared memory, KiB": lambda config: round(config.smem_bytes / 1024),
     }
     per_sm = {**usual, "blocks an SM": lambda config: config.blocks_per_sm}
+
+    def options(config: Any) -> str:
+        return {"none": "", "any": "several"}.get(config.options.name, config.options.name)
+
     forward_sm90 = {
         **usual,
         "head dim of v": lambda config: config.head_dim_v,
+        "options": options,
         "mask": lambda config: "any" if config.extras else config.mask.name,
         "queries up to": lambda config: (
             config.max_seqlen_q if config.max_seqlen_q < 2**31 - 1 else "any"
         ),
     }
-    backward_sm90 = {**usual, "head dim of v": lambda config: config.head_dim_v}
+    backward_sm90 = {
+        **usual,
+        "head dim of v": lambda config: config.head_dim_v,
+        "options": options,
+    }
     sources = {
         "forward_sm90": (module.sm90_forward_rows(), forward_sm90),
         "backward_sm90": (module.sm90_backward_rows(), backward_sm90),

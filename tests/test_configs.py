@@ -174,19 +174,23 @@ def select_sm90(
     head_dims: tuple[int, int] = (64, 64),
     window: tuple[int, int] = (-1, -1),
     smem: int = SMEM_SM90,
-    extras: bool = False,
+    extras: str = "none",
 ) -> Any:
-    return host.select_sm90_forward(
-        getattr(host.DType, dtype), seqlen, seqlen, *head_dims, host.Mask(*window), smem, extras
-    )
+    sizes = (seqlen, seqlen, *head_dims)
+    options = (host.Mask(*window), smem, getattr(host.Extras, extras))
+    return host.select_sm90_forward(getattr(host.DType, dtype), *sizes, *options)
+
+
+def suffix_of(row: Any) -> str:
+    return "/extras" * row.extras
 
 
 def test_sm90_rows_are_unique_and_the_same_for_both_dtypes(host: ModuleType) -> None:
     rows = {dtype: [] for dtype in DTYPES}
     for row in host.sm90_forward_rows():
-        key = (row.head_dim, row.head_dim_v, row.mask, row.max_seqlen_q, row.extras)
+        key = (row.head_dim, row.head_dim_v, row.mask, row.max_seqlen_q, row.options)
         rows[row.dtype.name].append((*key, row.tile_m, row.tile_n, row.smem_bytes))
-        assert row.name == f"fwd/sm90/{row.head_dim}/{row.dtype.name}" + "/extras" * row.extras
+        assert row.name == f"fwd/sm90/{row.head_dim}/{row.dtype.name}{suffix_of(row)}"
         assert row.num_threads == 128 * (1 + row.tile_m // 64)
         assert 99 * KIB < row.smem_bytes <= SMEM_SM90
     assert rows["bf16"] == rows["fp16"]
@@ -215,7 +219,7 @@ def test_every_sm90_row_serves_something(host: ModuleType) -> None:
         seqlen = min(row.max_seqlen_q, 10**6)
         head_dims = (row.head_dim, row.head_dim_v)
         options = {"dtype": row.dtype.name, "head_dims": head_dims, "window": window}
-        options["extras"] = row.extras
+        options["extras"] = row.options.name
         assert select_sm90(host, seqlen=seqlen, **options) == row
         longest = select_sm90(host, seqlen=2**30, **options)
         assert longest.max_seqlen_q == 2**31 - 1
@@ -236,13 +240,20 @@ def test_sm90_serves_every_pair_of_head_dims_with_the_smallest_kernel(
             )
 
 
+OPTIONS = ("softcap", "alibi", "dropout", "any")  # any: all of them
+
+
+@pytest.mark.parametrize("extras", OPTIONS)
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (7, 9)])
-def test_sm90_serves_extras_with_any_mask(host: ModuleType, window: tuple[int, int]) -> None:
+def test_sm90_serves_extras_with_any_mask(
+    host: ModuleType, window: tuple[int, int], extras: str
+) -> None:
+    """One option alone by a kernel of its own."""
     for head_dim in range(8, 257, 8):
         head_dims = (head_dim, head_dim)
-        row = select_sm90(host, head_dims=head_dims, window=window, extras=True)
+        row = select_sm90(host, head_dims=head_dims, window=window, extras=extras)
         plain = select_sm90(host, head_dims=head_dims, window=window)
-        assert row.extras and not plain.extras
+        assert (row.options.name, plain.options.name) == (extras, "none")
         assert (row.head_dim, row.head_dim_v) == (plain.head_dim, plain.head_dim_v)
 
 
@@ -266,10 +277,10 @@ def test_sm90_refuses_a_bias(host: ModuleType) -> None:
     """The sm80 family serves it."""
     bf16 = host.DType.bf16
     for head_dim in range(8, 257, 8):
-        args = (bf16, 64, 64, head_dim, head_dim, host.Mask(-1, 0), SMEM_SM90, True)
+        args = (bf16, 64, 64, head_dim, head_dim, host.Mask(-1, 0), SMEM_SM90, host.Extras.any)
         assert host.select_sm90_forward(*args) is not None
         assert host.select_sm90_forward(*args, bias=True) is None
-        args = (bf16, head_dim, head_dim, SMEM_SM90, True)
+        args = (bf16, head_dim, head_dim, SMEM_SM90, host.Extras.any)
         assert host.select_sm90_backward(*args, bias=True) is None
 
 
@@ -277,11 +288,12 @@ def test_sm90_backward_rows_are_unique_and_the_same_for_both_dtypes(host: Module
     rows = {dtype: [] for dtype in DTYPES}
     for row in host.sm90_backward_rows():
         key = ((row.head_dim, row.head_dim_v), (row.tile_m, row.tile_n))
-        rows[row.dtype.name].append((*key, row.extras, row.num_threads, row.smem_bytes))
-        assert row.name == f"bwd/sm90/{row.head_dim}/{row.dtype.name}" + "/extras" * row.extras
+        rows[row.dtype.name].append((*key, row.options, row.num_threads, row.smem_bytes))
+        assert row.name == f"bwd/sm90/{row.head_dim}/{row.dtype.name}{suffix_of(row)}"
         assert 99 * KIB < row.smem_bytes <= SMEM_SM90
     assert rows["bf16"] == rows["fp16"]
-    assert [row[:2] for row in rows["bf16"] if not row[2]] == SM90_BACKWARD_TILES
+    plain = [row[:2] for row in rows["bf16"] if row[2] == host.Extras.none]
+    assert plain == SM90_BACKWARD_TILES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -296,15 +308,12 @@ def test_sm90_backward_serves_head_dims_with_the_smallest_kernel(
             row = host.select_sm90_backward(*args, SMEM_SM90)
             assert (row and (row.head_dim, row.head_dim_v)) == (min(fit) if fit else None)
             assert host.select_sm90_backward(*args, SMEM_SM80) is None
-            row = host.select_sm90_backward(*args, SMEM_SM90, extras=True)
-            with_extras = [
-                d
-                for d in ((64, 64), (96, 96), (128, 128))
-                if d[0] >= head_dim and d[1] >= head_dim_v
-            ]
-            assert (row and (row.head_dim, row.head_dim_v)) == (
-                min(with_extras) if with_extras else None
-            )
+            fit = [d for d in (64, 96, 128) if d >= max(head_dim, head_dim_v)]
+            for extras in OPTIONS:
+                row = host.select_sm90_backward(*args, SMEM_SM90, getattr(host.Extras, extras))
+                assert (row and (row.head_dim, row.options.name)) == (
+                    (fit[0], extras) if fit else None
+                )
     assert host.select_sm90_backward(host.DType.fp32, 64, 64, SMEM_SM90) is None
 
 

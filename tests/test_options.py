@@ -68,11 +68,19 @@ PROBLEMS += [
     Problem("everything_head_dim_256", **EVERYTHING, head_dim=256),
     Problem("everything_head_dim_96_32", **EVERYTHING, **CAUSAL, head_dim=96, head_dim_v=32),
     Problem("everything_long", (200,), (333,), **EVERYTHING, **CAUSAL),
+    # Each alone, where a kernel may serve just that, over several tiles of queries and keys.
+    *(
+        Problem(f"{name}_head_dim_{d}", (200,), (333,), **OPTIONS[name], **CAUSAL, head_dim=d)
+        for name in ("softcap", "alibi", "dropout")
+        for d in (64, 96, 128, 192, 256)
+    ),
+    Problem("softcap_head_dim_192_128", (200,), (333,), softcap=3.0, head_dim=192, head_dim_v=128),
     Problem("half_the_rows_see_nothing", (130,), (60,), **EVERYTHING, **CAUSAL),
     Problem("no_keys", (130,), (0,), **EVERYTHING),
     Problem("one_query", (1,), (140,), **EVERYTHING),
     # Where tanh is nearly its argument, and where it is nearly 1.
     Problem("softcap_high", softcap=50.0),
+    Problem("softcap_middle", softcap=8.0),
     Problem("softcap_very_high", softcap=3000.0),
     Problem("softcap_low", softcap=0.2),
     Problem("softcap_of_large_scores", softcap=20.0, scale=20.0),

@@ -31,12 +31,12 @@ TABLES = {
     ),
     "Sm90ForwardConfig": (
         "sm90_forward_rows",
-        *("dtype", "head_dim", "head_dim_v", "mask", "extras", "max_seqlen_q", "tile_m", "tile_n"),
+        *("dtype", "head_dim", "head_dim_v", "mask", "options", "max_seqlen_q", "tile_m", "tile_n"),
         *("q_stages", "k_stages", "v_stages", "out_in_v", "ping_pong", "rows_in_turn"),
     ),
     "Sm90BackwardConfig": (
         "sm90_backward_rows",
-        *("dtype", "head_dim", "head_dim_v", "extras", "tile_m", "tile_n", "dout_stages"),
+        *("dtype", "head_dim", "head_dim_v", "options", "tile_m", "tile_n", "dout_stages"),
         "landing_strips",
     ),
 }
@@ -74,12 +74,12 @@ def short_name(name: str) -> str:
 
 
 def label_of(row: Any) -> str:
-    """Head dims, dtype, mask class and extras of a row."""
+    """Head dims, dtype, mask class and options of a row."""
     head_dim_v = getattr(row, "head_dim_v", row.head_dim)
     head_dims = f"{row.head_dim}" + (f"/{head_dim_v}" if head_dim_v != row.head_dim else "")
     mask = f" {row.mask.name}" if hasattr(row, "mask") else ""
-    extras = " extras" if row.extras else ""
-    return f"{head_dims} {row.dtype.name}{mask}{extras}"
+    options = (row.options.name if hasattr(row, "options") else "extras") if row.extras else ""
+    return f"{head_dims} {row.dtype.name}{mask} {options}".rstrip()
 
 
 def lines_of(unit: dict[str, Any], host: Any) -> list[tuple[str, ...]]:

@@ -12,7 +12,10 @@
 namespace flash::binding {
 namespace {
 
-constexpr int32_t kSomeSequences = 0;  // borders that only have to be there
+// What only has to be there.
+constexpr int32_t kSomeSequences = 0;
+constexpr float kSomeSlopes = 0.f;
+constexpr int64_t kSomeState = 0;
 
 /// Shared memory that compiled code may count on, on a GPU that grants a thread block so much.
 int usable_smem_bytes(int compute_capability, int granted) {
@@ -77,7 +80,9 @@ Params params_of(SelectionProblem const& problem) {
                   .head_dim = int(problem.head_dim),
                   .head_dim_v = int(problem.head_dim_v)};
   params.mask = {int(problem.window_left), int(problem.window_right)};
-  params.scores.softcap = problem.extras ? 1.f : 0.f;
+  params.scores.softcap = problem.softcap ? 1.f : 0.f;
+  params.scores.alibi_slopes = problem.alibi ? &kSomeSlopes : nullptr;
+  params.dropout.rng_state = problem.dropout ? &kSomeState : nullptr;
   if (problem.packed) {
     params.sequences.cu_seqlens_q = params.sequences.cu_seqlens_k = &kSomeSequences;
   }
@@ -89,9 +94,11 @@ Params params_of(SelectionProblem const& problem) {
 std::string select_kernel(bool backward, int64_t family, int64_t compute_capability,
                           int64_t smem_bytes, std::string dtype_name, int64_t batch_size,
                           int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim, int64_t head_dim_v,
-                          int64_t window_left, int64_t window_right, bool extras, bool packed) {
-  SelectionProblem const problem{batch_size,  seqlen_q,     seqlen_k, head_dim, head_dim_v,
-                                 window_left, window_right, extras,   packed};
+                          int64_t window_left, int64_t window_right, bool softcap, bool alibi,
+                          bool dropout, bool packed) {
+  SelectionProblem const problem{batch_size, seqlen_q,    seqlen_k,     head_dim,
+                                 head_dim_v, window_left, window_right, softcap,
+                                 alibi,      dropout,     packed};
   DType const dtype = dtype_of(dtype_name);
   int const smem = usable_smem_bytes(int(compute_capability), int(smem_bytes));
   if (family == 90) {
@@ -101,7 +108,7 @@ std::string select_kernel(bool backward, int64_t family, int64_t compute_capabil
                           select_sm90_forward(dtype, params_of<ForwardParams>(problem), smem));
   }
   KernelRequest const request{int(compute_capability), dtype, int(std::max(head_dim, head_dim_v)),
-                              extras, smem};
+                              softcap || alibi || dropout, smem};
   return backward ? selection_json(select_backward(request))
                   : selection_json(select_forward(request));
 }

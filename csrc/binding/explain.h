@@ -11,7 +11,7 @@ struct SelectionProblem {
   int64_t seqlen_q, seqlen_k;  // of all sequences if packed
   int64_t head_dim, head_dim_v;
   int64_t window_left, window_right;
-  bool extras;  // softcap, ALiBi or dropout
+  bool softcap, alibi, dropout;
   bool packed;
 };
 
@@ -21,6 +21,7 @@ struct SelectionProblem {
 std::string select_kernel(bool backward, int64_t family, int64_t compute_capability,
                           int64_t smem_bytes, std::string dtype_name, int64_t batch_size,
                           int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim, int64_t head_dim_v,
-                          int64_t window_left, int64_t window_right, bool extras, bool packed);
+                          int64_t window_left, int64_t window_right, bool softcap, bool alibi,
+                          bool dropout, bool packed);
 
 }  // namespace flash::binding

@@ -32,7 +32,7 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
   m.def(
       "select_kernel(bool backward, int family, int compute_capability, int smem_bytes, str dtype, "
       "int batch_size, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, int window_left, "
-      "int window_right, bool extras, bool packed) -> str");
+      "int window_right, bool softcap, bool alibi, bool dropout, bool packed) -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(flash_attn, CompositeExplicitAutograd, m) {

@@ -128,8 +128,8 @@ Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& p
   MaskClass const mask_class = is_bounded ? MaskClass::kBounded : MaskClass::kNone;
   return first_sm90_row(kSm90ForwardRows<DType::kBf16>, kSm90ForwardRows<DType::kFp16>, dtype,
                         shape, smem_bytes, [&](Sm90ForwardConfig const& row) {
-                          return row.extras == params.has_extras() &&
-                                 (row.extras || row.mask == mask_class) &&
+                          return serves_options(row.extras, params) &&
+                                 (row.extras != Extras::kNone || row.mask == mask_class) &&
                                  seqlen_q <= row.max_seqlen_q;
                         });
 }
@@ -143,9 +143,10 @@ Sm90BackwardConfig const* select_sm90_backward(DType dtype, BackwardParams const
   if ((sequences.cu_seqlens_q == nullptr) != (sequences.cu_seqlens_k == nullptr)) {
     return nullptr;  // key heads are numbered by entries, of which queries and keys need as many
   }
-  return first_sm90_row(
-      kSm90BackwardRows<DType::kBf16>, kSm90BackwardRows<DType::kFp16>, dtype, params.shape,
-      smem_bytes, [&](Sm90BackwardConfig const& row) { return row.extras == params.has_extras(); });
+  return first_sm90_row(kSm90BackwardRows<DType::kBf16>, kSm90BackwardRows<DType::kFp16>, dtype,
+                        params.shape, smem_bytes, [&](Sm90BackwardConfig const& row) {
+                          return serves_options(row.extras, params);
+                        });
 }
 
 }  // namespace flash

@@ -1,8 +1,8 @@
 // THE table of compiled backward kernels of the sm90 family.
 #pragma once
 
+#include "config/extras.h"
 #include "config/kernel_filter.h"
-#include "params.h"
 
 namespace flash {
 
@@ -13,10 +13,10 @@ namespace flash {
 struct Sm90BackwardConfig {
   DType dtype;
   int head_dim, head_dim_v;  // columns of the tiles; smaller ones are filled up with zeros
-  bool extras;               // softcap, ALiBi and dropout
-  int tile_m, tile_n;        // a cluster owns tile_n keys and walks query tiles of tile_m rows
-  int dout_stages;           // buffers of dO
-  int landing_strips;        // buffers of 16 rows of dq sums in which a warp converts them
+  Extras extras;
+  int tile_m, tile_n;  // a cluster owns tile_n keys and walks query tiles of tile_m rows
+  int dout_stages;     // buffers of dO
+  int landing_strips;  // buffers of 16 rows of dq sums in which a warp converts them
 
   static constexpr int kArch = 90;
   static constexpr int kStages = 2;           // buffers of Q and dS
@@ -54,25 +54,36 @@ struct Sm90BackwardConfig {
                         int(sizeof(uint64_t)) * barriers,
                     kTileAlignment);
   }
-  constexpr RowName name() const { return row_name("bwd", kArch, head_dim, dtype, extras); }
+  constexpr RowName name() const {
+    return row_name("bwd", kArch, head_dim, dtype, extras != Extras::kNone);
+  }
   friend constexpr bool operator==(Sm90BackwardConfig const&, Sm90BackwardConfig const&) = default;
 };
 
 /// The first row that serves a problem is taken. Measured: docs/lessons.md ("sm90 backward"). With
-/// extras 128 queries of head dim 64 need too many registers, and pairs have no code for them.
+/// a softcap 128 queries of head dim 64 need too many registers, and pairs have no code for extras.
 template <DType kDType>
 inline constexpr Sm90BackwardConfig kSm90BackwardRows[] = {
     // clang-format off
-    // dtype   d  d_v  extras  m    n  dout landing
-    {kDType,  64,  64, false, 128, 128,  2,   4},
-    {kDType,  64,  64, true,   64, 128,  2,   4},
-    {kDType,  96,  96, false,  64, 128,  2,   4},
-    {kDType,  96,  96, true,   64, 128,  2,   4},
-    {kDType, 128, 128, false,  64, 128,  2,   4},
-    {kDType, 128, 128, true,   64, 128,  2,   4},
-    {kDType, 192, 128, false,  64, 128,  2,   4},
-    {kDType, 192, 192, false,  64, 128,  2,   4},
-    {kDType, 256, 256, false,  64, 128,  1,   4},
+    // dtype   d  d_v  extras                 m    n  dout landing
+    {kDType,  64,  64, Extras::kNone,       128, 128,  2,   4},
+    {kDType,  64,  64, Extras::kSoftcap,     64, 128,  2,   4},
+    {kDType,  64,  64, Extras::kAlibi,       128, 128,  2,   4},
+    {kDType,  64,  64, Extras::kDropout,     128, 128,  2,   4},
+    {kDType,  64,  64, Extras::kAny,         64, 128,  2,   4},
+    {kDType,  96,  96, Extras::kNone,        64, 128,  2,   4},
+    {kDType,  96,  96, Extras::kSoftcap,     64, 128,  2,   4},
+    {kDType,  96,  96, Extras::kAlibi,       64, 128,  2,   4},
+    {kDType,  96,  96, Extras::kDropout,     64, 128,  2,   4},
+    {kDType,  96,  96, Extras::kAny,         64, 128,  2,   4},
+    {kDType, 128, 128, Extras::kNone,        64, 128,  2,   4},
+    {kDType, 128, 128, Extras::kSoftcap,     64, 128,  2,   4},
+    {kDType, 128, 128, Extras::kAlibi,       64, 128,  2,   4},
+    {kDType, 128, 128, Extras::kDropout,     64, 128,  2,   4},
+    {kDType, 128, 128, Extras::kAny,         64, 128,  2,   4},
+    {kDType, 192, 128, Extras::kNone,        64, 128,  2,   4},
+    {kDType, 192, 192, Extras::kNone,        64, 128,  2,   4},
+    {kDType, 256, 256, Extras::kNone,        64, 128,  1,   4},
     // clang-format on
 };
 

@@ -3,8 +3,8 @@
 
 #include <climits>
 
+#include "config/extras.h"
 #include "config/kernel_filter.h"
-#include "params.h"
 
 namespace flash {
 
@@ -17,7 +17,7 @@ struct Sm90ForwardConfig {
   DType dtype;
   int head_dim, head_dim_v;  // columns of the tiles; smaller ones are filled up with zeros
   MaskClass mask;
-  bool extras;  // softcap, ALiBi and dropout
+  Extras extras;
   int max_seqlen_q;
   int tile_m, tile_n;
   int q_stages;            // buffers of 64 rows of Q
@@ -41,7 +41,9 @@ struct Sm90ForwardConfig {
         elements * element_size(dtype) + 32 * kWorkStages + int(sizeof(uint64_t)) * barriers,
         kTileAlignment);
   }
-  constexpr RowName name() const { return row_name("fwd", kArch, head_dim, dtype, extras); }
+  constexpr RowName name() const {
+    return row_name("fwd", kArch, head_dim, dtype, extras != Extras::kNone);
+  }
   friend constexpr bool operator==(Sm90ForwardConfig const&, Sm90ForwardConfig const&) = default;
 };
 
@@ -52,29 +54,47 @@ struct Sm90ForwardConfig {
 template <DType kDType>
 inline constexpr Sm90ForwardConfig kSm90ForwardRows[] = {
     // clang-format off
-    // dtype   d  d_v  mask                extras seqlen_q  m    n   q  k  v  out_in_v ping_pong in_turn
-    {kDType,  64,  64, MaskClass::kNone,    false,     256, 128, 128, 4, 4, 4,  false,   true,    false},
-    {kDType,  64,  64, MaskClass::kNone,    false, INT_MAX, 192, 128, 6, 4, 4,  false,   false,   false},
-    {kDType,  64,  64, MaskClass::kBounded, false,    1024, 128, 128, 4, 4, 4,  false,   true,    false},
-    {kDType,  64,  64, MaskClass::kBounded, false, INT_MAX, 192, 128, 6, 4, 4,  false,   true,    false},
-    {kDType,  64,  64, MaskClass::kBounded, true,  INT_MAX, 128, 128, 4, 4, 4,  false,   true,    false},
-    {kDType,  96,  96, MaskClass::kNone,    false,    1024, 128, 128, 4, 2, 2,  false,   true,    false},
-    {kDType,  96,  96, MaskClass::kNone,    false, INT_MAX, 192, 112, 4, 3, 3,  false,   true,    false},
-    {kDType,  96,  96, MaskClass::kBounded, false,    2048, 128, 128, 4, 2, 2,  false,   true,    false},
-    {kDType,  96,  96, MaskClass::kBounded, false, INT_MAX, 192, 112, 4, 3, 3,  false,   true,    false},
-    {kDType,  96,  96, MaskClass::kBounded, true,  INT_MAX, 128, 128, 4, 2, 2,  false,   true,    false},
-    {kDType, 128, 128, MaskClass::kNone,    false, INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
-    {kDType, 128, 128, MaskClass::kBounded, false, INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
-    {kDType, 128, 128, MaskClass::kBounded, true,  INT_MAX, 128, 112, 4, 2, 2,  false,   true,    true},
-    {kDType, 192, 128, MaskClass::kNone,    false, INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
-    {kDType, 192, 128, MaskClass::kBounded, false, INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
-    {kDType, 192, 128, MaskClass::kBounded, true,  INT_MAX, 128, 112, 2, 2, 2,  true,    true,    false},
-    {kDType, 192, 192, MaskClass::kNone,    false, INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
-    {kDType, 192, 192, MaskClass::kBounded, false, INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
-    {kDType, 192, 192, MaskClass::kBounded, true,  INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
-    {kDType, 256, 256, MaskClass::kNone,    false, INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
-    {kDType, 256, 256, MaskClass::kBounded, false, INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
-    {kDType, 256, 256, MaskClass::kBounded, true,  INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
+    // dtype   d  d_v  mask                 extras            seqlen_q  m    n   q  k  v  out_in_v ping_pong in_turn
+    {kDType,  64,  64, MaskClass::kNone,    Extras::kNone,        256, 128, 128, 4, 4, 4,  false,   true,    false},
+    {kDType,  64,  64, MaskClass::kNone,    Extras::kNone,    INT_MAX, 192, 128, 6, 4, 4,  false,   false,   false},
+    {kDType,  64,  64, MaskClass::kBounded, Extras::kNone,       1024, 128, 128, 4, 4, 4,  false,   true,    false},
+    {kDType,  64,  64, MaskClass::kBounded, Extras::kNone,    INT_MAX, 192, 128, 6, 4, 4,  false,   true,    false},
+    {kDType,  64,  64, MaskClass::kBounded, Extras::kSoftcap, INT_MAX, 128, 128, 4, 4, 4,  false,   true,    false},
+    {kDType,  64,  64, MaskClass::kBounded, Extras::kAlibi,   INT_MAX, 128, 128, 4, 4, 4,  false,   true,    false},
+    {kDType,  64,  64, MaskClass::kBounded, Extras::kDropout, INT_MAX, 128, 128, 4, 4, 4,  false,   true,    false},
+    {kDType,  64,  64, MaskClass::kBounded, Extras::kAny,     INT_MAX, 128, 128, 4, 4, 4,  false,   true,    false},
+    {kDType,  96,  96, MaskClass::kNone,    Extras::kNone,       1024, 128, 128, 4, 2, 2,  false,   true,    false},
+    {kDType,  96,  96, MaskClass::kNone,    Extras::kNone,    INT_MAX, 192, 112, 4, 3, 3,  false,   true,    false},
+    {kDType,  96,  96, MaskClass::kBounded, Extras::kNone,       2048, 128, 128, 4, 2, 2,  false,   true,    false},
+    {kDType,  96,  96, MaskClass::kBounded, Extras::kNone,    INT_MAX, 192, 112, 4, 3, 3,  false,   true,    false},
+    {kDType,  96,  96, MaskClass::kBounded, Extras::kSoftcap, INT_MAX, 128, 128, 4, 2, 2,  false,   true,    false},
+    {kDType,  96,  96, MaskClass::kBounded, Extras::kAlibi,   INT_MAX, 128, 128, 4, 2, 2,  false,   true,    false},
+    {kDType,  96,  96, MaskClass::kBounded, Extras::kDropout, INT_MAX, 128, 128, 4, 2, 2,  false,   true,    false},
+    {kDType,  96,  96, MaskClass::kBounded, Extras::kAny,     INT_MAX, 128, 128, 4, 2, 2,  false,   true,    false},
+    {kDType, 128, 128, MaskClass::kNone,    Extras::kNone,    INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
+    {kDType, 128, 128, MaskClass::kBounded, Extras::kNone,    INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
+    {kDType, 128, 128, MaskClass::kBounded, Extras::kSoftcap, INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
+    {kDType, 128, 128, MaskClass::kBounded, Extras::kAlibi,   INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
+    {kDType, 128, 128, MaskClass::kBounded, Extras::kDropout, INT_MAX, 128, 128, 4, 2, 2,  false,   true,    true},
+    {kDType, 128, 128, MaskClass::kBounded, Extras::kAny,     INT_MAX, 128, 112, 4, 2, 2,  false,   true,    true},
+    {kDType, 192, 128, MaskClass::kNone,    Extras::kNone,    INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
+    {kDType, 192, 128, MaskClass::kBounded, Extras::kNone,    INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
+    {kDType, 192, 128, MaskClass::kBounded, Extras::kSoftcap, INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
+    {kDType, 192, 128, MaskClass::kBounded, Extras::kAlibi,   INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
+    {kDType, 192, 128, MaskClass::kBounded, Extras::kDropout, INT_MAX, 128, 128, 2, 2, 2,  true,    true,    false},
+    {kDType, 192, 128, MaskClass::kBounded, Extras::kAny,     INT_MAX, 128, 112, 2, 2, 2,  true,    true,    false},
+    {kDType, 192, 192, MaskClass::kNone,    Extras::kNone,    INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
+    {kDType, 192, 192, MaskClass::kBounded, Extras::kNone,    INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
+    {kDType, 192, 192, MaskClass::kBounded, Extras::kSoftcap, INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
+    {kDType, 192, 192, MaskClass::kBounded, Extras::kAlibi,   INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
+    {kDType, 192, 192, MaskClass::kBounded, Extras::kDropout, INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
+    {kDType, 192, 192, MaskClass::kBounded, Extras::kAny,     INT_MAX, 128,  80, 2, 2, 2,  false,   true,    false},
+    {kDType, 256, 256, MaskClass::kNone,    Extras::kNone,    INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
+    {kDType, 256, 256, MaskClass::kBounded, Extras::kNone,    INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
+    {kDType, 256, 256, MaskClass::kBounded, Extras::kSoftcap, INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
+    {kDType, 256, 256, MaskClass::kBounded, Extras::kAlibi,   INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
+    {kDType, 256, 256, MaskClass::kBounded, Extras::kDropout, INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
+    {kDType, 256, 256, MaskClass::kBounded, Extras::kAny,     INT_MAX, 128,  64, 2, 2, 3,  true,    true,    false},
     // clang-format on
 };
 

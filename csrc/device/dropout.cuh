@@ -134,7 +134,8 @@ struct KeptElements {
 /// word j of the call.
 template <int kN, bool kTransposed>
 struct KeptBits {
-  uint32_t word[(kN + 3) / 4];  // pieces 4w to 4w + 3; two each in the lower and upper nibbles
+  static constexpr int kWords = (kN + 3) / 4;
+  uint32_t word[kWords];  // pieces 4w to 4w + 3; two each in the lower and upper nibbles
 
   __device__ __forceinline__ void keep_all() {
 #pragma unroll
@@ -146,6 +147,14 @@ struct KeptBits {
   /// first element, are multiples of 16.
   __device__ __forceinline__ void find(Dropout const& dropout, DropoutKey const& key,
                                        int batch_head, int first_row, int first_col) {
+#pragma unroll
+    for (int idx = 0; idx < kWords; ++idx) {
+      find_word(idx, dropout, key, batch_head, first_row, first_col);
+    }
+  }
+  /// The same for one word.
+  __device__ __forceinline__ void find_word(int idx, Dropout const& dropout, DropoutKey const& key,
+                                            int batch_head, int first_row, int first_col) {
     __builtin_assume(first_row >= 0 && first_row % 16 == 0);
     __builtin_assume(first_col >= 0 && first_col % 16 == 0);
     int const lane_idx = fresh_thread_idx() % 32;
@@ -156,22 +165,18 @@ struct KeptBits {
     // 3. The even lane's call comes first.
     uint32_t const merge = kTransposed ? (is_odd ? 0x3175 : 0x6420) : (is_odd ? 0x3276 : 0x5410);
     uint32_t const last_kept = dropout.last_kept_byte * 0x01010101u;
-    constexpr int kUnroll = kTransposed ? 1 : 2;  // the backward spilled two calls side by side
+    word[idx] = 0;
 #pragma unroll
-    for (int first = 0; first < kN; first += 4) {
-      word[first / 4] = 0;
-#pragma unroll kUnroll
-      for (int n = 0; n < 4 && first + n < kN; n += 2) {
-        int const call_col = col + 16 * (first + n);
-        Philox4 const bits =
-            key.bits(batch_head, kTransposed ? call_col : row, kTransposed ? row : call_col);
-        uint32_t own = kept_signs(bits.x, last_kept) >> 7 & 0x01010101u;
-        own |= kept_signs(bits.y, last_kept) >> 6 & 0x02020202u;
-        own |= kept_signs(bits.z, last_kept) >> 5 & 0x04040404u;
-        own |= kept_signs(bits.w, last_kept) >> 4 & 0x08080808u;
-        uint32_t const pair = permute(own, __shfl_xor_sync(0xffffffffu, own, 4), merge);
-        word[first / 4] |= pair << (2 * n);
-      }
+    for (int n = 4 * idx; n < 4 * idx + 4 && n < kN; n += 2) {
+      int const call_col = col + 16 * n;
+      Philox4 const bits =
+          key.bits(batch_head, kTransposed ? call_col : row, kTransposed ? row : call_col);
+      uint32_t own = kept_signs(bits.x, last_kept) >> 7 & 0x01010101u;
+      own |= kept_signs(bits.y, last_kept) >> 6 & 0x02020202u;
+      own |= kept_signs(bits.z, last_kept) >> 5 & 0x04040404u;
+      own |= kept_signs(bits.w, last_kept) >> 4 & 0x08080808u;
+      uint32_t const pair = permute(own, __shfl_xor_sync(0xffffffffu, own, 4), merge);
+      word[idx] |= pair << (n % 4 * 2);
     }
   }
 
@@ -190,16 +195,19 @@ struct KeptBits {
 
 /// Clears what dropout drops of probabilities in fp32: in the order of their bits, of which the
 /// compiler makes seven predicates an instruction.
-template <int kFragments, int kN>
-__device__ __forceinline__ void drop(float (&p)[kFragments][4], KeptBits<kN, false> const& kept) {
+template <int kFragments, int kN, bool kTransposed>
+__device__ __forceinline__ void drop(float (&p)[kFragments][4],
+                                     KeptBits<kN, kTransposed> const& kept) {
 #pragma unroll
   for (int eight = 0; eight < kFragments; eight += 8) {
 #pragma unroll
     for (int byte = 0; byte < 4; ++byte) {
 #pragma unroll
       for (int bit = 0; bit < 8; ++bit) {
-        int const n = eight + bit / 4 * 4 + byte / 2 * 2 + bit % 2;
-        int const i = bit / 2 % 2 * 2 + byte % 2;
+        int const row = kTransposed ? bit % 2 : bit / 2 % 2;
+        int const col = kTransposed ? bit / 2 % 2 : bit % 2;
+        int const n = eight + bit / 4 * 4 + byte / 2 * 2 + col;
+        int const i = row * 2 + byte % 2;
         if (n < kFragments && !kept.is_kept(n, i)) {
           p[n][i] = 0.f;
         }

@@ -34,6 +34,18 @@ __device__ __forceinline__ float2 unpack2(uint32_t packed) {
   return pair;
 }
 
+/// Products of two packed pairs.
+template <DType kDType>
+__device__ __forceinline__ uint32_t multiply2(uint32_t a, uint32_t b) {
+  uint32_t product;
+  if constexpr (kDType == DType::kBf16) {
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  } else {
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  }
+  return product;
+}
+
 /// Two neighbours of a row.
 template <DType kDType>
 struct PackedPair {

@@ -12,13 +12,14 @@ struct AlibiLane {
   float slope;  // in units of score_unit()
   float first;  // slope * (i + seqlen_k - seqlen_q - j) of the lane's first element
 
-  /// `natural_slope` is alibi_slope().
+  AlibiLane() = default;
+  /// `natural_slope` is alibi_slope(), `shift` seqlen_k - seqlen_q.
   __device__ __forceinline__ AlibiLane(PiecePlacement const& place, float natural_slope, float unit,
-                                       Sequence const& sequence)
+                                       int shift)
       : slope(natural_slope * reciprocal_approx(unit)) {
     int const lane_idx = fresh_thread_idx() % 32;
     int const row = place.first_row + lane_idx / 4, col = place.first_col + lane_idx % 4 * 2;
-    first = slope * float(row + sequence.seqlen_k - sequence.seqlen_q - col);
+    first = slope * float(row + shift - col);
   }
 
   /// slope * |distance| of element e of fragment (m, n): one FMA, for the absolute value is a
@@ -57,7 +58,8 @@ __device__ __forceinline__ void apply_options(float (&scores)[kM][kN][4],
   }
   if (options.alibi_slopes != nullptr) {
     subtract_alibi(scores, place,
-                   AlibiLane(place, slope, score_unit(options, softmax_scale), sequence));
+                   AlibiLane(place, slope, score_unit(options, softmax_scale),
+                             sequence.seqlen_k - sequence.seqlen_q));
   }
 }
 

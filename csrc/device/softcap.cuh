@@ -41,14 +41,20 @@ __device__ __forceinline__ float tanh_by_polynomial(float exponent) {
   return exponent * fmaf(square, sum, 0x1.62e42ap-2f);
 }
 
+/// The derivative of tanh where tanh is `value`; 0 at -inf, which is no value of it.
+__device__ __forceinline__ float slope_of_tanh(float value) {
+  return __saturatef(fmaf(-value, value, 1.f));
+}
+
 /// From products q k^T to the exponents of tanh(softmax_scale * product / softcap).
 __device__ __forceinline__ float tanh_exponent_scale(ScoreOptions const& options,
                                                      float softmax_scale) {
   return 2.f * kLog2E * softmax_scale * reciprocal_approx(options.softcap);
 }
 
-/// Products q k^T to tanh(softmax_scale * product / softcap). Has to be called by whole warps.
-template <int kM, int kN>
+/// Products q k^T to tanh(softmax_scale * product / softcap). Has to be called by whole warps. The
+/// polynomial is for kernels that have registers for it.
+template <bool kByPolynomial = true, int kM, int kN>
 __device__ __forceinline__ void cap_scores(float (&scores)[kM][kN][4], ScoreOptions const& options,
                                            float softmax_scale) {
   auto const for_each = [&](auto const& visit) {
@@ -70,7 +76,7 @@ __device__ __forceinline__ void cap_scores(float (&scores)[kM][kN][4], ScoreOpti
     bits |= __float_as_uint(score);
   });
   // Bit 30 of a float is set from 2 on.
-  if (__any_sync(0xffffffffu, (bits & 0x40000000u) != 0)) {
+  if (!kByPolynomial || __any_sync(0xffffffffu, (bits & 0x40000000u) != 0)) {
     for_each([](float& score) { score = tanh_by_exp(score); });
   } else {
     for_each([](float& score) { score = tanh_by_polynomial(score); });

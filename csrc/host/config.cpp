@@ -44,6 +44,9 @@ py::class_<Config> bind_sm90_row(py::module_& module, char const* name) {
       .def_readonly("dtype", &Config::dtype)
       .def_readonly("head_dim", &Config::head_dim)
       .def_readonly("head_dim_v", &Config::head_dim_v)
+      .def_readonly("options", &Config::extras)
+      .def_property_readonly("extras",
+                             [](Config const& row) { return row.extras != Extras::kNone; })
       .def_readonly("tile_m", &Config::tile_m)
       .def_readonly("tile_n", &Config::tile_n)
       .def_property_readonly("num_threads", &Config::num_threads)
@@ -51,11 +54,16 @@ py::class_<Config> bind_sm90_row(py::module_& module, char const* name) {
       .def("__eq__", [](Config const& a, Config const& b) { return a == b; });
 }
 
-/// Scores that need a kernel with extras, and that have a bias.
-void set_options(ScoreOptions& scores, bool extras, bool bias) {
+/// Options of a problem for which kernels with `extras` are meant, and a bias.
+template <class Params>
+void set_options(Params& params, Extras extras, bool bias) {
   static float element = 0.f;
-  scores.softcap = extras ? 1.f : 0.f;
-  scores.bias.ptr = bias ? &element : nullptr;
+  static int64_t state = 0;
+  auto const has = [&](Extras option) { return extras == option || extras == Extras::kAny; };
+  params.scores.softcap = has(Extras::kSoftcap) ? 1.f : 0.f;
+  params.scores.alibi_slopes = has(Extras::kAlibi) ? &element : nullptr;
+  params.scores.bias.ptr = bias ? &element : nullptr;
+  params.dropout.rng_state = has(Extras::kDropout) ? &state : nullptr;
 }
 
 void bind_sm90_forward(py::module_& module) {
@@ -65,7 +73,6 @@ void bind_sm90_forward(py::module_& module) {
       .value("bounded", MaskClass::kBounded);
   bind_sm90_row<Config>(module, "Sm90ForwardConfig")
       .def_readonly("mask", &Config::mask)
-      .def_readonly("extras", &Config::extras)
       .def_readonly("max_seqlen_q", &Config::max_seqlen_q)
       .def_readonly("q_stages", &Config::q_stages)
       .def_readonly("k_stages", &Config::k_stages)
@@ -77,7 +84,7 @@ void bind_sm90_forward(py::module_& module) {
   module.def(
       "select_sm90_forward",
       [](DType dtype, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, Mask mask,
-         int smem_bytes, bool extras, bool bias) {
+         int smem_bytes, Extras extras, bool bias) {
         Shape const shape{.batch_size = 1,
                           .seqlen_q = seqlen_q,
                           .seqlen_k = seqlen_k,
@@ -88,37 +95,42 @@ void bind_sm90_forward(py::module_& module) {
         ForwardParams params{};
         params.shape = shape;
         params.mask = mask;
-        set_options(params.scores, extras, bias);
+        set_options(params, extras, bias);
         return select_sm90_forward(dtype, params, smem_bytes);
       },
       py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("seqlen_q"),
       py::arg("seqlen_k"), py::arg("head_dim"), py::arg("head_dim_v"), py::arg("mask"),
-      py::arg("smem_bytes"), py::arg("extras") = false, py::arg("bias") = false);
+      py::arg("smem_bytes"), py::arg("extras") = Extras::kNone, py::arg("bias") = false);
 }
 
 void bind_sm90_backward(py::module_& module) {
   bind_sm90_row<Sm90BackwardConfig>(module, "Sm90BackwardConfig")
-      .def_readonly("extras", &Sm90BackwardConfig::extras)
       .def_readonly("dout_stages", &Sm90BackwardConfig::dout_stages)
       .def_readonly("landing_strips", &Sm90BackwardConfig::landing_strips);
   module.def("sm90_backward_rows", sm90_backward_rows);
   module.def(
       "select_sm90_backward",
-      [](DType dtype, int head_dim, int head_dim_v, int smem_bytes, bool extras, bool bias) {
+      [](DType dtype, int head_dim, int head_dim_v, int smem_bytes, Extras extras, bool bias) {
         BackwardParams params{};
         params.shape.head_dim = head_dim;
         params.shape.head_dim_v = head_dim_v;
-        set_options(params.scores, extras, bias);
+        set_options(params, extras, bias);
         return select_sm90_backward(dtype, params, smem_bytes);
       },
       py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("head_dim"),
-      py::arg("head_dim_v"), py::arg("smem_bytes"), py::arg("extras") = false,
+      py::arg("head_dim_v"), py::arg("smem_bytes"), py::arg("extras") = Extras::kNone,
       py::arg("bias") = false);
 }
 
 }  // namespace
 
 void bind_config(py::module_& module) {
+  py::enum_<Extras>(module, "Extras")
+      .value("none", Extras::kNone)
+      .value("softcap", Extras::kSoftcap)
+      .value("alibi", Extras::kAlibi)
+      .value("dropout", Extras::kDropout)
+      .value("any", Extras::kAny);
   py::enum_<DType>(module, "DType")
       .value("fp16", DType::kFp16)
       .value("bf16", DType::kBf16)

@@ -42,7 +42,7 @@ __device__ __forceinline__ void multiply_by_derivative(float (&dp)[kM][kN][4],
   if (params.scores.softcap == 0.f) {
     return;
   }
-  AlibiLane const alibi(place, slope, params.scores.softcap, sequence);
+  AlibiLane const alibi(place, slope, params.scores.softcap, sequence.seqlen_k - sequence.seqlen_q);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -66,7 +66,8 @@ __device__ __forceinline__ void multiply_by_biased_derivative(float (&dp)[kM][kN
     return;
   }
   float const slope = alibi_slope(params.scores, fresh(of.batch), fresh(of.head));
-  AlibiLane const alibi(place, slope, params.scores.softcap, of.sequence);
+  AlibiLane const alibi(place, slope, params.scores.softcap,
+                        of.sequence.seqlen_k - of.sequence.seqlen_q);
   float const factor = reciprocal_approx(fresh_float(params.scores.softcap));
   for_each_bias<kDType, kM, kN>(
       params.scores.bias, place, of, [&](int m, int n, int e, float bias) {

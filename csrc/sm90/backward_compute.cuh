@@ -50,29 +50,35 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     bool const needs_mask = walk.needs_mask();
     auto const last = queries.previous();
     Scores scores, dp;
+    typename Core::StepExtras extras;
     wait(shared.q_full[queries.stage], queries.phase);
     take_turn();
     wgmma_fence();
-    this->template issue_scores<TileK, TileQ>(scores, shared.k, warpgroup_idx * 64,
-                                              shared.q[queries.stage]);
+    this->template issue_scores<TileK, TileQ>(
+        scores, shared.k, warpgroup_idx * 64, shared.q[queries.stage],
+        this->template prepare_word<0>(extras, key_begin, walk));
     wait(shared.dout_full[dout().stage], dout().phase);
     wgmma_fence();
-    this->template issue_scores<TileV, TileDout>(dp, shared.v, warpgroup_idx * 64,
-                                                 shared.dout[dout().stage]);
+    this->template issue_scores<TileV, TileDout>(
+        dp, shared.v, warpgroup_idx * 64, shared.dout[dout().stage],
+        this->template prepare_word<1>(extras, key_begin, walk));
     pass_turn();
-    typename Core::Extras extras;
-    this->prepare_extras(extras, key_begin, m_block, walk.heads_left());
+    this->prepare_extras(extras, key_begin, walk);
     wgmma_wait<1>();
     pin(scores);
-    Operand derivative;
-    if constexpr (kConfig.extras) {
-      this->make_scores(scores, derivative, extras, key_begin, m_block);
+    Operand p, sloped, ds_operand;
+    if constexpr (Core::kHasExtras) {
+      this->make_scores(scores, sloped, extras);
     }
     if (needs_mask) {
       this->mask(scores, key_begin, m_block);
     }
-    Operand p, ds_operand;
-    this->exponentiate(scores, this->lse_log2(), p);
+    if constexpr (kMayCap<kConfig.extras>) {
+      this->exponentiate(scores, this->lse_log2(), p, sloped);
+      pin(sloped);
+    } else {
+      this->exponentiate(scores, this->lse_log2(), p);
+    }
     pin(p);
     if constexpr (kIsFirst) {
       wait(shared.dk_empty, key_phase ^ 1);
@@ -82,12 +88,17 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     wait(shared.ds_empty[queries.stage], queries.phase ^ 1);
     wgmma_wait<0>();
     pin(dp);
-    if constexpr (kConfig.extras) {
-      this->differentiate_extras(dp, p, derivative, extras.kept, ds_operand);
-      drop(p, extras.kept);
-      pin(p);
+    if constexpr (Core::kHasExtras) {
+      this->drop_some(dp, extras);
+    }
+    if constexpr (kMayCap<kConfig.extras>) {
+      this->differentiate(dp, sloped, this->softmax_d(), ds_operand);
     } else {
       this->differentiate(dp, p, this->softmax_d(), ds_operand);
+    }
+    if constexpr (Core::kHasExtras) {
+      this->drop_some(p, extras);
+      pin(p);
     }
     this->template store_rows<TileDs>(ds_operand, shared.ds[queries.stage], warpgroup_idx * 64);
     pin(ds_operand);
@@ -139,7 +150,7 @@ struct BackwardWarpgroup : BackwardCore<Traits> {
     this->template store_gradient<SmemTile<64, kConfig.head_dim>, 0>(
         dk, params.problem.softmax_scale, shared.ds[warpgroup_idx]);
     hand_over(shared.dk_full[warpgroup_idx]);
-    float const dv_scale = kConfig.extras ? params.problem.dropout.scale : 1.f;
+    float const dv_scale = Core::kHasExtras ? params.problem.dropout.scale : 1.f;
     this->template store_gradient<SmemTile<64, kConfig.head_dim_v>, 0>(dv, dv_scale,
                                                                        this->open_outbox());
     hand_over(shared.outbox_full[warpgroup_idx]);

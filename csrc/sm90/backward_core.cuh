@@ -23,12 +23,14 @@ struct BackwardCore {
   using Scores = float[kFragmentsS][4];  // 64 keys x tile_m queries
   using Operand = uint32_t[kStepsM][4];  // the same as a left operand of 16 queries a step
   using Group = float[8][4];             // 64 rows and columns of dQ
+  static constexpr bool kHasExtras = kConfig.extras != Extras::kNone;
 
   BackwardKernelParams const& params;
   typename Traits::SharedStorage& shared;
   int warpgroup_idx;   // among the computing ones
   int const warp_idx;  // in its warpgroup
   float const scale_log2;
+  KeptKey<kConfig.extras> const dropout_key;
   Ring<Traits::kStages> queries;
   uint32_t key_phase = 0, outbox_phase = 0;
 
@@ -38,9 +40,14 @@ struct BackwardCore {
         shared(shared),
         warpgroup_idx(warpgroup_idx),
         warp_idx(uniform(threadIdx.x / 32 % 4)),
-        scale_log2(kLog2E * (kConfig.extras
-                                 ? score_unit(params.problem.scores, params.problem.softmax_scale)
-                                 : params.problem.softmax_scale)) {}
+        scale_log2(kLog2E * score_scale()),
+        dropout_key(params.problem.dropout) {}
+
+  /// What the maxima are in units of.
+  __device__ __forceinline__ float score_scale() const {
+    return has_softcap<kConfig.extras>(params.problem.scores) ? params.problem.scores.softcap
+                                                              : params.problem.softmax_scale;
+  }
 
   // Registers are scarce: where there is one buffer, its phase is the stage of what has two.
   __device__ __forceinline__ uint32_t one_buffer_phase() const {
@@ -56,7 +63,10 @@ struct BackwardCore {
     }
   }
 
-  static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
+  /// With a softcap there are no registers to hold it, and what follows from it, in.
+  static __device__ __forceinline__ int lane_idx() {
+    return (kMayCap<kConfig.extras> ? fresh_thread_idx() : int(threadIdx.x)) % 32;
+  }
   static __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t phase) {
     mbarrier_wait(smem_address(&barrier), phase);
   }
@@ -112,67 +122,123 @@ struct BackwardCore {
     }
   }
 
+  // ---- Query tiles ----
+
+  /// Where a warpgroup is among the query tiles of an item, in the order of for_each_query_tile().
+  struct Walk {
+    int first, last, step;  // m_block of a query head's tiles
+    BlockRange full;        // tiles that need no element mask
+    int steps_left;         // with this one
+    int m_block;
+    int head;   // of the query tile
+    int shift;  // of ALiBi's distances: seqlen_q - seqlen_k
+
+    __device__ __forceinline__ bool needs_mask() const {
+      return m_block < full.min || m_block >= full.max;
+    }
+    __device__ __forceinline__ void advance() {
+      head += m_block == last ? step : 0;
+      m_block = m_block == last ? first : m_block + step;
+      --steps_left;
+    }
+  };
+  __device__ __forceinline__ Walk walk(WorkItem const& item, int key_begin) const {
+    int const m_min = uniform(item.m_min), m_max = uniform(item.m_max);
+    int const group_size = params.problem.shape.query_heads_per_key_head();
+    int const step = params.division.step;
+    int const first = step > 0 ? m_min : m_max - 1, last = step > 0 ? m_max - 1 : m_min;
+    BlockRange const full = full_range(key_begin);
+    int head = 0, shift = 0;
+    if constexpr (kHasExtras) {
+      head = uniform(item.head_k) * group_size + (step > 0 ? 0 : group_size - 1);
+    }
+    if constexpr (kMayBend<kConfig.extras>) {
+      Sequence const sequence = this->sequence();
+      shift = uniform(sequence.seqlen_q - sequence.seqlen_k);
+    }
+    return {.first = first,
+            .last = last,
+            .step = step,
+            .full = {uniform(full.min), uniform(full.max)},
+            .steps_left = group_size * (m_max - m_min),
+            .m_block = first,
+            .head = head,
+            .shift = shift};
+  }
+
   // ---- Extras ----
 
-  using Extras = StepExtras<kStepsM, true>;
+  using StepExtras = sm90::StepExtras<kConfig.extras, kStepsM, true>;
 
-  /// Of the scores of 64 keys from key_begin on, the rows, and query tile m_block; `heads_left`
-  /// heads of the group from the end of the walk.
-  __device__ __forceinline__ void prepare_extras(Extras& extras, int key_begin, int m_block,
-                                                 int heads_left) const {
-    if constexpr (kConfig.extras) {
+  /// Of the scores of 64 keys from key_begin on, the rows, and the query tile that `walk` is at.
+  __device__ __forceinline__ void prepare_extras(StepExtras& extras, int key_begin,
+                                                 Walk const& walk) const {
+    if constexpr (kMayBend<kConfig.extras>) {
       BackwardParams const& problem = params.problem;
-      int const group_size = problem.shape.query_heads_per_key_head();
-      int const in_group = params.division.step > 0 ? group_size - 1 - heads_left : heads_left;
-      extras.prepare(problem.scores, problem.dropout, uniform(shared.item.batch),
-                     uniform(shared.item.head_k) * group_size + in_group, problem.shape.num_heads,
-                     key_begin + warp_idx * 16, m_block * Traits::kTileM);
+      extras.prepare(problem.scores, problem.dropout, score_scale(), uniform(shared.item.batch),
+                     walk.head, problem.shape.num_heads,
+                     {key_begin + warp_idx * 16, 0, walk.m_block * Traits::kTileM, 16}, walk.shift);
     }
   }
+  /// Products to scores in units of score_unit(). Where ALiBi may follow on the softcap also the
+  /// derivative of each by the scaled product, packed: 1 without a softcap.
   __device__ __forceinline__ void make_scores(Scores& scores, Operand& derivative,
-                                              Extras const& extras, int key_begin,
-                                              int m_block) const {
-    Sequence const sequence = this->sequence();
-    Sequence transposed{};
-    transposed.seqlen_q = sequence.seqlen_k;
-    transposed.seqlen_k = sequence.seqlen_q;
-    apply_options<kDType>(
-        scores, derivative, {key_begin + warp_idx * 16, 0, m_block * Traits::kTileM, 16},
-        params.problem.scores, params.problem.softmax_scale, extras.slope, transposed);
-  }
-  /// As differentiate(), with dropout of dP and the softcap's derivative.
-  __device__ __forceinline__ void differentiate_extras(Scores const& dp, Operand const& p,
-                                                       Operand const& derivative,
-                                                       KeptBits<kStepsM, true> const& kept,
-                                                       Operand& ds) const {
-    uint32_t const softmax_d = smem_address(shared.softmax_d[dout().stage]) + lane_idx() % 4 * 8;
-    bool const has_softcap = params.problem.scores.softcap != 0.f;
-    float const scale = params.problem.dropout.scale;
+                                              StepExtras const& extras) const {
+    auto& pieces = reinterpret_cast<float (&)[1][kFragmentsS][4]>(scores);
+    bool const is_capped = has_softcap<kConfig.extras>(params.problem.scores);
+    if (is_capped) {
+      cap_scores<kConfig.extras != Extras::kAny>(pieces, params.problem.scores,
+                                                 params.problem.softmax_scale);
+    }
+    if constexpr (kConfig.extras == Extras::kAny) {
 #pragma unroll
-    for (int n = 0; n < kFragmentsS; ++n) {
-      float2 const row_d = load_shared_float2(softmax_d + n * 32);
+      for (int n = 0; n < kFragmentsS; ++n) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float2 probability = unpack2<kDType>(p[n / 2][n % 2 * 2 + half]);
-        if (has_softcap) {
-          float2 const slope = unpack2<kDType>(derivative[n / 2][n % 2 * 2 + half]);
-          probability.x *= slope.x;
-          probability.y *= slope.y;
+        for (int half = 0; half < 2; ++half) {
+          derivative[n / 2][n % 2 * 2 + half] =
+              is_capped ? pack2<kDType>(slope_of_tanh(scores[n][2 * half]),
+                                        slope_of_tanh(scores[n][2 * half + 1]))
+                        : pack2<kDType>(1.f, 1.f);
         }
-        bool const left = kept.is_kept(n, 2 * half), right = kept.is_kept(n, 2 * half + 1);
-        ds[n / 2][n % 2 * 2 + half] =
-            pack2<kDType>(probability.x * fmaf(left ? dp[n][2 * half] : 0.f, scale, -row_d.x),
-                          probability.y * fmaf(right ? dp[n][2 * half + 1] : 0.f, scale, -row_d.y));
       }
+    }
+    if (has_alibi<kConfig.extras>(params.problem.scores)) {
+      subtract_alibi(pieces, {0, 0, 0, 16}, extras.alibi);
+    }
+  }
+  /// What makes a word of dropout's bits beside products, if that is the way.
+  template <int kIdx>
+  __device__ __forceinline__ auto prepare_word(StepExtras& extras, int key_begin,
+                                               Walk const& walk) const {
+    return [this, &extras, &walk, key_begin] {
+      if constexpr (kDropsBesideProducts<kConfig.extras> && kIdx < StepExtras::Kept::kWords) {
+        BackwardParams const& problem = params.problem;
+        int const batch_head = uniform(shared.item.batch) * problem.shape.num_heads + walk.head;
+        extras.kept.find_word(kIdx, problem.dropout, dropout_key, batch_head,
+                              key_begin + warp_idx * 16, walk.m_block * Traits::kTileM);
+      }
+    };
+  }
+  __device__ __forceinline__ void drop_some(Scores& dp, StepExtras const& extras) const {
+    if (has_dropout<kConfig.extras>(params.problem.dropout)) {
+      drop(dp, extras.kept);
+    }
+  }
+  __device__ __forceinline__ void drop_some(Operand& p, StepExtras const& extras) const {
+    if (has_dropout<kConfig.extras>(params.problem.dropout)) {
+      drop(p, extras.kept);
     }
   }
 
   // ---- Products ----
 
-  /// S^T or dP^T: 64 rows of `keys` times rows of `queries`.
-  template <class TileKeys, class TileQueries>
+  static constexpr auto kNothing = [] {};
+
+  /// S^T or dP^T: 64 rows of `keys` times rows of `queries`. What beside() does is issued between
+  /// two of the steps.
+  template <class TileKeys, class TileQueries, class Beside = decltype(kNothing)>
   __device__ __forceinline__ void issue_scores(Scores& scores, char* keys, int first_key,
-                                               char* rows) const {
+                                               char* rows, Beside const& beside = {}) const {
     uint64_t const a =
         advanced(wgmma_descriptor<TileKeys>(smem_address(keys)), first_key * TileKeys::kRowBytes);
     uint64_t const b = wgmma_descriptor<TileQueries>(smem_address(rows));
@@ -181,6 +247,9 @@ struct BackwardCore {
       Wgmma<Traits::kTileM, kDType>::template ss<false>(
           scores, advanced(a, columns_step<TileKeys>(step)),
           advanced(b, columns_step<TileQueries>(step)), step > 0);
+      if (step == TileKeys::kCols / 32 - 1) {
+        beside();
+      }
     }
     wgmma_commit();
   }
@@ -232,14 +301,36 @@ struct BackwardCore {
   template <class Statistics>
   __device__ __forceinline__ void exponentiate(Scores const& scores, Statistics const& lse,
                                                Operand& p) const {
+    for_each_probability(scores, lse, [&](int n, int half, float left, float right) {
+      p[n / 2][n % 2 * 2 + half] = pack2<kDType>(left, right);
+    });
+  }
+  /// The same, and P^T times the softcap's derivative. That is what `sloped` is where ALiBi may
+  /// have followed on the softcap; else the scores are tanh, or -inf.
+  template <class Statistics>
+  __device__ __forceinline__ void exponentiate(Scores const& scores, Statistics const& lse,
+                                               Operand& p, Operand& sloped) const {
+    for_each_probability(scores, lse, [&](int n, int half, float left, float right) {
+      uint32_t& pair = sloped[n / 2][n % 2 * 2 + half];
+      if constexpr (kConfig.extras != Extras::kAny) {
+        pair = pack2<kDType>(slope_of_tanh(scores[n][2 * half]),
+                             slope_of_tanh(scores[n][2 * half + 1]));
+      }
+      uint32_t const probabilities = pack2<kDType>(left, right);
+      p[n / 2][n % 2 * 2 + half] = probabilities;
+      pair = multiply2<kDType>(probabilities, pair);
+    });
+  }
+  template <class Statistics, class Visit>
+  __device__ __forceinline__ void for_each_probability(Scores const& scores, Statistics const& lse,
+                                                       Visit const& visit) const {
 #pragma unroll
     for (int n = 0; n < kFragmentsS; ++n) {
       float2 const row_lse = lse(n);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float const left = exp2_approx(fmaf(scores[n][2 * half], scale_log2, -row_lse.x));
-        float const right = exp2_approx(fmaf(scores[n][2 * half + 1], scale_log2, -row_lse.y));
-        p[n / 2][n % 2 * 2 + half] = pack2<kDType>(left, right);
+        visit(n, half, exp2_approx(fmaf(scores[n][2 * half], scale_log2, -row_lse.x)),
+              exp2_approx(fmaf(scores[n][2 * half + 1], scale_log2, -row_lse.y)));
       }
     }
   }
@@ -247,6 +338,10 @@ struct BackwardCore {
   template <class Statistics>
   __device__ __forceinline__ void differentiate(Scores const& dp, Operand const& p,
                                                 Statistics const& softmax_d, Operand& ds) const {
+    float const scale = kMayDrop<kConfig.extras> ? params.problem.dropout.scale : 1.f;
+    auto const less = [&](float gradient, float row_d) {
+      return kMayDrop<kConfig.extras> ? fmaf(gradient, scale, -row_d) : gradient - row_d;
+    };
 #pragma unroll
     for (int n = 0; n < kFragmentsS; ++n) {
       float2 const row_d = softmax_d(n);
@@ -254,8 +349,8 @@ struct BackwardCore {
       for (int half = 0; half < 2; ++half) {
         float2 const probability = unpack2<kDType>(p[n / 2][n % 2 * 2 + half]);
         ds[n / 2][n % 2 * 2 + half] =
-            pack2<kDType>(probability.x * (dp[n][2 * half] - row_d.x),
-                          probability.y * (dp[n][2 * half + 1] - row_d.y));
+            pack2<kDType>(probability.x * less(dp[n][2 * half], row_d.x),
+                          probability.y * less(dp[n][2 * half + 1], row_d.y));
       }
     }
   }
@@ -314,37 +409,6 @@ struct BackwardCore {
       }
     }
     hand_over(shared.outbox_full[warpgroup_idx]);
-  }
-
-  // ---- Query tiles ----
-
-  /// Where a warpgroup is among the query tiles of an item, in the order of for_each_query_tile().
-  struct Walk {
-    int first, last, step;  // m_block of a query head's tiles
-    BlockRange full;        // tiles that need no element mask
-    int steps_left;         // with this one
-    int m_block;
-
-    /// Query heads of the group behind this tile's.
-    __device__ __forceinline__ int heads_left() const {
-      return (steps_left - 1) / ((last - first) * step + 1);
-    }
-    __device__ __forceinline__ bool needs_mask() const {
-      return m_block < full.min || m_block >= full.max;
-    }
-    __device__ __forceinline__ void advance() {
-      m_block = m_block == last ? first : m_block + step;
-      --steps_left;
-    }
-  };
-  __device__ __forceinline__ Walk walk(WorkItem const& item, int key_begin) const {
-    int const m_min = uniform(item.m_min), m_max = uniform(item.m_max);
-    int const group_size = params.problem.shape.query_heads_per_key_head();
-    int const step = params.division.step;
-    int const first = step > 0 ? m_min : m_max - 1, last = step > 0 ? m_max - 1 : m_min;
-    BlockRange const full = full_range(key_begin);
-    return {first, last, step, {uniform(full.min), uniform(full.max)}, group_size * (m_max - m_min),
-            first};
   }
 };
 

@@ -297,7 +297,9 @@ struct BackwardConverter {
   __device__ __forceinline__ void fetch(uint32_t sums) {
     uint32_t const landed = smem_address(&shared.landed[warp_idx]);
     mbarrier_arrive_expect_tx(landed, kLandingBytes);
-    bulk_load(smem_address(shared.landing[warp_idx]), sums_at(sums), kLandingBytes, landed);
+    // With extras the address spills where it is held from one group to the next.
+    int const idx = Traits::kConfig.extras == Extras::kNone ? warp_idx : fresh(warp_idx);
+    bulk_load(smem_address(shared.landing[idx]), sums_at(sums), kLandingBytes, landed);
   }
   /// Waits for what fetch() has started, and clears the sums.
   __device__ __forceinline__ void land(uint32_t sums) {

@@ -47,7 +47,8 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
   /// What the maxima are in units of.
   __device__ __forceinline__ float score_scale() const {
     float const softmax_scale = params.problem.softmax_scale;
-    return kConfig.extras ? score_unit(params.problem.scores, softmax_scale) : softmax_scale;
+    ScoreOptions const& options = params.problem.scores;
+    return has_softcap<kConfig.extras>(options) ? options.softcap : softmax_scale;
   }
 
   // ---- Mask ----
@@ -83,29 +84,30 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
 
   // ---- Extras ----
 
-  using Extras = StepExtras<kStepsP, false>;
+  static constexpr bool kHasExtras = kConfig.extras != Extras::kNone;
+  using StepExtras = sm90::StepExtras<kConfig.extras, kStepsP, false>;
 
-  __device__ __forceinline__ void prepare_extras(Extras& extras, WorkTile const& tile,
+  __device__ __forceinline__ void prepare_extras(StepExtras& extras, WorkTile const& tile,
                                                  int n_block) const {
-    if constexpr (kConfig.extras) {
+    if constexpr (kHasExtras) {
       ForwardParams const& problem = params.problem;
-      extras.prepare(problem.scores, problem.dropout, tile.batch, tile.head,
-                     problem.shape.num_heads, first_row(tile), n_block * Traits::kTileN);
+      extras.prepare(problem.scores, problem.dropout, score_scale(), tile.batch, tile.head,
+                     problem.shape.num_heads, {first_row(tile), 0, n_block * Traits::kTileN, 16},
+                     tile.seqlen_k - tile.seqlen_q);
     }
   }
-  __device__ __forceinline__ void make_scores(Scores& scores, Extras const& extras,
-                                              WorkTile const& tile, int n_block) const {
-    if constexpr (kConfig.extras) {
-      Sequence sequence{};
-      sequence.seqlen_q = tile.seqlen_q;
-      sequence.seqlen_k = tile.seqlen_k;
-      apply_options(reinterpret_cast<float (&)[1][kFragmentsS][4]>(scores),
-                    {first_row(tile), 0, n_block * Traits::kTileN, 16}, params.problem.scores,
-                    params.problem.softmax_scale, extras.slope, sequence);
+  __device__ __forceinline__ void make_scores(Scores& scores, StepExtras const& extras) const {
+    auto& pieces = reinterpret_cast<float (&)[1][kFragmentsS][4]>(scores);
+    ScoreOptions const& options = params.problem.scores;
+    if (has_softcap<kConfig.extras>(options)) {
+      cap_scores<kConfig.extras != Extras::kAny>(pieces, options, params.problem.softmax_scale);
+    }
+    if (has_alibi<kConfig.extras>(options)) {
+      subtract_alibi(pieces, {0, 0, 0, 16}, extras.alibi);
     }
   }
-  __device__ __forceinline__ void drop_some(Scores& probabilities, Extras const& extras) const {
-    if (kConfig.extras && params.problem.dropout.rng_state != nullptr) {
+  __device__ __forceinline__ void drop_some(Scores& probabilities, StepExtras const& extras) const {
+    if (has_dropout<kConfig.extras>(params.problem.dropout)) {
       drop(probabilities, extras.kept);
     }
   }
@@ -197,16 +199,21 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     }
     wgmma_fence();  // the spin between two products needs one, or ptxas adds it (C7519)
     issue_output();
-    pass_turn();
-    Extras extras;
+    if constexpr (!kHasExtras) {
+      pass_turn();
+    }
+    StepExtras extras;
     prepare_extras(extras, tile, n_block);
     wgmma_wait<1>();
     pin(scores);
+    if constexpr (kHasExtras) {
+      pass_turn();  // not before: the other's scores would be ready at the same time as these
+    }
     release_k();
     if (n_block == tile.n_min) {
       release_q();
     }
-    make_scores(scores, extras, tile, n_block);
+    make_scores(scores, extras);
     if (kConfig.mask == MaskClass::kBounded && needs_mask) {
       mask(scores, tile, n_block);
     }
@@ -237,9 +244,9 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     if (n_block == tile.n_min) {
       release_q();
     }
-    Extras extras;
+    StepExtras extras;
     prepare_extras(extras, tile, n_block);
-    make_scores(scores, extras, tile, n_block);
+    make_scores(scores, extras);
     if (!is_full(full_range(tile), n_block)) {
       mask(scores, tile, n_block);
     }
@@ -369,13 +376,13 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
       if (lane_idx() % 4 == 0 && lane_row < sequence.seqlen_q) {
         softmax_lse[lane_row] = end.lse;
       }
-      scale_row(acc_o, half, kConfig.extras ? end.scale * params.problem.dropout.scale : end.scale);
+      scale_row(acc_o, half, kHasExtras ? end.scale * params.problem.dropout.scale : end.scale);
     }
     RowOrigin const origin =
         params.out_rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
     uint32_t const staged = acquire_out();
     // With extras there are no registers to hold addresses in through the main loop.
-    int const lane = kConfig.extras ? fresh_thread_idx() % 32 : lane_idx();
+    int const lane = kHasExtras ? fresh_thread_idx() % 32 : lane_idx();
     int const tile_row = lane % 16, tile_chunk = lane / 16;  // that this lane addresses
     uint32_t const row_address = staged + tile_row * TileOut::kRowBytes;
     uint32_t const chunk_offset = (tile_chunk ^ TileOut::swizzle(tile_row)) << 4;

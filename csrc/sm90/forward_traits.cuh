@@ -30,7 +30,7 @@ struct ForwardTraits {
 
   // Registers a thread after the hand-over from the loading warpgroup. The warpgroups' sum is what
   // the launch allots, 504 of the 512 that an SM has for 128 threads: asking for more hangs.
-  static constexpr bool kComputesMuch = kConfig.head_dim_v > 128 || kConfig.extras;
+  static constexpr bool kComputesMuch = kConfig.head_dim_v > 128 || kConfig.extras != Extras::kNone;
   static constexpr int kLoadRegisters = kWarpgroups == 3 ? 32 : kComputesMuch ? 24 : 40;
   static constexpr int kComputeRegisters = kWarpgroups == 3 ? 160 : kComputesMuch ? 240 : 232;
   static_assert(kLoadRegisters + kWarpgroups * kComputeRegisters <=

@@ -61,7 +61,9 @@ class _Request:
     head_dim_v: int
     window_left: int
     window_right: int
-    extras: bool
+    softcap: bool
+    alibi: bool
+    dropout: bool
     packed: bool
 
 
@@ -118,7 +120,9 @@ def _request_of(problem: Problem, packed: bool) -> _Request:
         head_dim_v=head_dim,
         window_left=left,
         window_right=0 if problem.causal else right,
-        extras=bool(problem.softcap or problem.alibi or problem.dropout),
+        softcap=bool(problem.softcap),
+        alibi=bool(problem.alibi),
+        dropout=bool(problem.dropout),
         packed=packed,
     )
 
@@ -141,7 +145,8 @@ def _reason_of_table(backward: bool, family: str, target: Target, request: _Requ
 
     if request.dtype == "float32" and serves(dtype="bfloat16"):
         return "it has no kernel for float32; for bfloat16 and float16 it has"
-    if request.extras and serves(extras=False):
+    has_options = request.softcap or request.alibi or request.dropout
+    if has_options and serves(softcap=False, alibi=False, dropout=False):
         steps = range(_HEAD_DIM_STEP, MAX_HEAD_DIM + 1, _HEAD_DIM_STEP)
         served = [step for step in steps if serves(head_dim=step, head_dim_v=step)]
         text = f"it has no kernel with softcap, ALiBi or dropout at head dim {request.head_dim}"
