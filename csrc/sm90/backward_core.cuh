@@ -65,7 +65,10 @@ struct BackwardCore {
 
   /// With a softcap there are no registers to hold it, and what follows from it, in.
   static __device__ __forceinline__ int lane_idx() {
-    return (kMayCap<kConfig.extras> ? fresh_thread_idx() : int(threadIdx.x)) % 32;
+    if constexpr (kMayCap<kConfig.extras>) {
+      return fresh_thread_idx() % 32;
+    }
+    return threadIdx.x % 32;
   }
   static __device__ __forceinline__ void wait(uint64_t& barrier, uint32_t phase) {
     mbarrier_wait(smem_address(&barrier), phase);
