@@ -21,15 +21,14 @@ struct KeyRange {
 };
 
 /// Keys that query row i attends to: [i + seqlen_k - seqlen_q - left, i + seqlen_k - seqlen_q +
-/// right], cut to [0, seqlen_k). May be empty (end <= begin). int64 inside: a bound near INT_MAX is
-/// a legal way to say "unbounded".
+/// right], cut to [0, seqlen_k). May be empty (end <= begin). A bound near INT_MAX is a legal way
+/// to say "unbounded", so bounds are cut before anything is added to them.
 FLASH_HD constexpr KeyRange visible_keys(Mask mask, int i, int seqlen_q, int seqlen_k) {
-  int64_t const diagonal = int64_t(i) + seqlen_k - seqlen_q;
-  int64_t begin = mask.window_left < 0 ? 0 : diagonal - mask.window_left;
-  int64_t end = mask.window_right < 0 ? seqlen_k : diagonal + mask.window_right + 1;
-  begin = begin < 0 ? 0 : begin > seqlen_k ? seqlen_k : begin;
-  end = end < 0 ? 0 : end > seqlen_k ? seqlen_k : end;
-  return {int(begin), int(end)};
+  int const diagonal = i + (seqlen_k - seqlen_q);
+  int const keys_behind = seqlen_q - 1 - i;  // the diagonal
+  return {mask.window_left < 0 ? 0 : imin(diagonal - imin(mask.window_left, diagonal), seqlen_k),
+          mask.window_right < 0 ? seqlen_k
+                                : imax(diagonal + 1 + imin(mask.window_right, keys_behind), 0)};
 }
 
 /// True if some query row does not attend to some key. Both bounds of visible_keys() grow with the

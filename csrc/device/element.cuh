@@ -77,6 +77,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+/// log2(x) by the special function unit; of 0 it is -inf.
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 constexpr float kLog2E = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 __device__ constexpr float kInfinity = __builtin_huge_valf();

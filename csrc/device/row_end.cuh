@@ -18,8 +18,10 @@ __device__ __forceinline__ RowEnd row_end(float max_score, float sum, float cons
     factor = exp2_approx((max_score - shift) * kLog2E);
     total = fmaf(sum, factor, exp2_approx((*sink - shift) * kLog2E));
   }
-  return total == 0.f ? RowEnd{0.f, kInfinity}
-                      : RowEnd{__fdividef(factor, total), shift + __logf(total)};
+  // Without a branch: two of these in a row are computed side by side.
+  float const scale = __fdividef(factor, total), lse = fmaf(log2_approx(total), kLn2, shift);
+  bool const is_empty = total == 0.f;
+  return {is_empty ? 0.f : scale, is_empty ? kInfinity : lse};
 }
 
 }  // namespace flash

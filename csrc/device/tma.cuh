@@ -67,13 +67,6 @@ __device__ __forceinline__ void tma_store(CUtensorMap const& map, uint32_t smem_
       : "memory");
 }
 
-/// Starts to bring a box to L2.
-__device__ __forceinline__ void tma_prefetch(CUtensorMap const& map, BoxOrigin const& origin) {
-  asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global [%0, {%1, %2, %3, %4, %5}];" ::"l"(&map),
-               "r"(origin.col), "r"(origin.row), "r"(origin.head), "r"(origin.outer),
-               "r"(origin.wrap)
-               : "memory");
-}
 /// As tma_load(), to the same place in both thread blocks of a cluster; the bytes count towards the
 /// barrier at this place in each.
 __device__ __forceinline__ void tma_load_both(uint32_t smem_address, CUtensorMap const& map,

@@ -76,22 +76,6 @@ struct BackwardLoader {
                     params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k),
                     evict_first());
   }
-  /// Brings the item's K and V to L2. This thread draws an item two query tiles before the last one
-  /// gives up their place; from DRAM they would take longer, above all where all items end
-  /// together.
-  __device__ __forceinline__ void prefetch_keys(WorkItem const& item) const {
-    Sequence const sequence = params.sequence(fresh(item.batch));
-    RowOrigin const origin =
-        params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
-    int const row = origin.row + first_key<Traits>(item);
-#pragma unroll 1
-    for (int col = 0; col < kConfig.head_dim; col += 64) {
-      tma_prefetch(params.k, {col, row, item.head_k, origin.outer, origin.wrap});
-      if (col < kConfig.head_dim_v) {
-        tma_prefetch(params.v, {col, row, item.head_k, origin.outer, origin.wrap});
-      }
-    }
-  }
   /// The columns of the other thread block's K by which this one multiplies its dS.
   __device__ __forceinline__ void load_peer_k(WorkItem const& item) const {
     using Tile = typename Traits::TilePeerK;
@@ -189,9 +173,6 @@ struct BackwardLoader {
     int const group_size = params.problem.shape.query_heads_per_key_head();
     int const step = params.division.step;
     bool is_first = true;
-    if constexpr (Traits::kPaired) {
-      prefetch_keys(item);
-    }
     for_each_query_tile(item, group_size, step, [&](int head_in_group, int m_block) {
       int const head = fresh(item.head_k) * group_size + head_in_group;
       wait_for_slot(item, fresh(head_in_group), m_block);

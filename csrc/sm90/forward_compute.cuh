@@ -1,7 +1,6 @@
 // A computing warpgroup: 64 query rows of each tile.
 #pragma once
 
-#include "arith/block_range.h"
 #include "device/max_logit.cuh"
 #include "device/wgmma.cuh"
 #include "sm90/forward_core.cuh"
@@ -13,6 +12,7 @@ namespace flash::sm90 {
 template <class Traits>
 struct ForwardWarpgroup : ForwardCore<Traits> {
   using Core = ForwardCore<Traits>;
+  using Core::first_row, Core::full_range, Core::is_full;
   using Core::has_next_tile, Core::pass_turn, Core::release, Core::release_k, Core::release_q;
   using Core::kConfig, Core::kWarpgroups, Core::lane_idx, Core::params, Core::shared,
       Core::warp_idx;
@@ -28,6 +28,9 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
   using TileV = typename Traits::TileV;
   using TileOut = typename Traits::TileOut;
   using Scores = float[kFragmentsS][4];
+  // Sums become factors and softmax_lse beside the last product with V instead of behind it. Three
+  // warpgroups have no registers for that: it spills at 96.
+  static constexpr bool kEndsEarly = kWarpgroups == 2;
 
   float const scale_log2;
   uint64_t const k_descriptor, v_descriptor;  // of buffer 0
@@ -53,22 +56,6 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
 
   // ---- Mask ----
 
-  /// First query row of this warp.
-  __device__ __forceinline__ int first_row(WorkTile const& tile) const {
-    return tile.m_block * Traits::kTileM + warpgroup_idx * 64 + warp_idx() * 16;
-  }
-  /// Key tiles that need no element mask in the rows of this warpgroup.
-  __device__ __forceinline__ BlockRange full_range(WorkTile const& tile) const {
-    if constexpr (kConfig.mask == MaskClass::kNone) {
-      return {0, tile.seqlen_k / Traits::kTileN};
-    } else {
-      TileGrid const grid{64, Traits::kTileN, tile.seqlen_q, tile.seqlen_k, params.problem.mask};
-      return full_n_block_range(grid, tile.m_block * kWarpgroups + warpgroup_idx);
-    }
-  }
-  static __device__ __forceinline__ bool is_full(BlockRange const& full, int n_block) {
-    return n_block >= full.min && n_block < full.max;
-  }
   __device__ __forceinline__ void mask(Scores& scores, WorkTile const& tile, int n_block) const {
     int const lane_col = n_block * Traits::kTileN + lane_idx() % 4 * 2;
     int const row = first_row(tile) + lane_idx() / 4;
@@ -281,15 +268,20 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
   /// the last tile: its scores are those of whatever lies in the buffers, and not used.
   __device__ __forceinline__ bool turn_over(WorkTile& tile) {
     Scores scores;
+    wait_v();
+    take_turn();
+    fence_operands();
+    issue_output();
     bool const has_next = has_next_tile();
 #pragma unroll
     for (int i = 0; i < kWarpgroups; ++i) {
       q.advance();
     }
-    wait_v();
-    take_turn();
-    fence_operands();
-    issue_output();
+    Sequence const sequence = params.sequence(tile.batch);
+    float scale[2];
+    if constexpr (kEndsEarly) {
+      end_rows(tile, sequence, [&](int half, float factor) { scale[half] = factor; });
+    }
     if (has_next) {
       wait_q();
       wait_k();
@@ -300,7 +292,13 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     wgmma_wait<1>();
     pin(acc_o);
     release_v();
-    store(tile);
+    if constexpr (kEndsEarly) {
+      scale_row(acc_o, 0, scale[0]);
+      scale_row(acc_o, 1, scale[1]);
+    } else {
+      end_rows(tile, sequence, [&](int half, float factor) { scale_row(acc_o, half, factor); });
+    }
+    store(tile, sequence);
     wgmma_wait<0>();
     pin(scores);
     if (!has_next) {
@@ -327,13 +325,13 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
         }
         v.advance();
       }
-      return smem_address(shared.v[out_stage]) + warp_idx() * TileOut::kBytes;
+      return smem_address(shared.v[out_stage]) + warp_idx * TileOut::kBytes;
     } else {
       if (lane_idx() == 0) {
         tma_store_wait_read();
       }
       __syncwarp();
-      return smem_address(shared.out.warp[warpgroup_idx * 4 + warp_idx()]);
+      return smem_address(shared.out.warp[warpgroup_idx * 4 + warp_idx]);
     }
   }
   __device__ __forceinline__ void release_out() {
@@ -354,10 +352,11 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     raise_by_warp(params.problem.max_logits + tile.head, largest);
   }
 
-  /// Normalises, writes softmax_lse, and stores out without waiting for the store.
-  __device__ __forceinline__ void store(WorkTile const& tile) {
+  /// Writes softmax_lse, and calls scale(half, factor) for the lane's rows of O.
+  template <class Scale>
+  __device__ __forceinline__ void end_rows(WorkTile const& tile, Sequence const& sequence,
+                                           Scale const& scale) const {
     Shape const& shape = params.problem.shape;
-    Sequence const sequence = params.sequence(tile.batch);
     int const row = first_row(tile);
     float* const softmax_lse =
         params.problem.softmax_lse +
@@ -368,16 +367,29 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     if (params.problem.max_logits != nullptr) {
       raise_max_logit(tile, sequence.seqlen_q - row);
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      RowEnd const end =
-          row_end(softmax.row_max[half] * score_scale(), quad_sum(softmax.row_sum[half]), sink);
+    auto const end_of = [&](int half) {
+      return row_end(softmax.row_max[half] * score_scale(), quad_sum(softmax.row_sum[half]), sink);
+    };
+    auto const finish = [&](int half, RowEnd const& end) {
       int const lane_row = row + 8 * half + lane_idx() / 4;
       if (lane_idx() % 4 == 0 && lane_row < sequence.seqlen_q) {
         softmax_lse[lane_row] = end.lse;
       }
-      scale_row(acc_o, half, kHasExtras ? end.scale * params.problem.dropout.scale : end.scale);
+      scale(half, kHasExtras ? end.scale * params.problem.dropout.scale : end.scale);
+    };
+    if constexpr (kEndsEarly) {
+      RowEnd const upper = end_of(0), lower = end_of(1);  // side by side
+      finish(0, upper);
+      finish(1, lower);
+    } else {
+      finish(0, end_of(0));
+      finish(1, end_of(1));
     }
+  }
+
+  /// Stores out, without waiting for the store.
+  __device__ __forceinline__ void store(WorkTile const& tile, Sequence const& sequence) {
+    int const row = first_row(tile);
     RowOrigin const origin =
         params.out_rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
     uint32_t const staged = acquire_out();

@@ -1,6 +1,7 @@
-// What a computing warpgroup of the sm90 forward waits for and lets go.
+// What a computing warpgroup of the sm90 forward waits for and lets go, and which rows are its own.
 #pragma once
 
+#include "arith/block_range.h"
 #include "device/tma.cuh"
 #include "sm90/forward_params.h"
 #include "sm90/forward_traits.cuh"
@@ -16,6 +17,8 @@ struct ForwardCore {
   ForwardKernelParams const& params;
   SharedStorage& shared;
   int const warpgroup_idx;  // among the computing ones
+  int const warp_idx;       // in the warpgroup; by a shuffle, which tells the compiler that
+                            // it is the same in all lanes
   Ring<kConfig.q_stages> q;
   Ring<kConfig.k_stages> k;
   Ring<kConfig.v_stages> v;
@@ -23,14 +26,33 @@ struct ForwardCore {
 
   __device__ __forceinline__ ForwardCore(ForwardKernelParams const& params, SharedStorage& shared,
                                          int warpgroup_idx)
-      : params(params), shared(shared), warpgroup_idx(warpgroup_idx) {
+      : params(params),
+        shared(shared),
+        warpgroup_idx(warpgroup_idx),
+        warp_idx(__shfl_sync(0xffffffffu, threadIdx.x / 32 % 4, 0)) {
     for (int i = 0; i < warpgroup_idx; ++i) {
       q.advance();
     }
   }
 
   static __device__ __forceinline__ int lane_idx() { return threadIdx.x % 32; }
-  static __device__ __forceinline__ int warp_idx() { return threadIdx.x / 32 % 4; }
+
+  /// First query row of this warp.
+  __device__ __forceinline__ int first_row(WorkTile const& tile) const {
+    return tile.m_block * Traits::kTileM + warpgroup_idx * 64 + warp_idx * 16;
+  }
+  /// Key tiles that need no element mask in the rows of this warpgroup.
+  __device__ __forceinline__ BlockRange full_range(WorkTile const& tile) const {
+    if constexpr (kConfig.mask == MaskClass::kNone) {
+      return {0, tile.seqlen_k / Traits::kTileN};
+    } else {
+      TileGrid const grid{64, Traits::kTileN, tile.seqlen_q, tile.seqlen_k, params.problem.mask};
+      return full_n_block_range(grid, tile.m_block * kWarpgroups + warpgroup_idx);
+    }
+  }
+  static __device__ __forceinline__ bool is_full(BlockRange const& full, int n_block) {
+    return n_block >= full.min && n_block < full.max;
+  }
 
   /// Between the two calls only this warpgroup issues products: its softmax then runs beside the
   /// products of the others.

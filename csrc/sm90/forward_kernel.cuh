@@ -45,19 +45,22 @@ __global__ void __launch_bounds__(Traits::kConfig.num_threads(), 1)
   extern __shared__ __align__(1024) char shared_memory[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_memory);
   int const warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
-  asm volatile("griddepcontrol.wait;" ::: "memory");  // the list of tiles, if there is one
-  if (int(blockIdx.x) >= params.tiles.num_tiles()) {  // listed ones may be fewer than planned
-    if (threadIdx.x == 0) {
-      leave(params);
-    }
-    return;
-  }
   if (threadIdx.x == 0) {
     prefetch_tensormap(params.q);
     prefetch_tensormap(params.k);
     prefetch_tensormap(params.v);
     prefetch_tensormap(params.out);
     init_barriers<Traits>(shared);
+  }
+  // Up to here this runs under the stream's last kernel, and the next one's begin may run under
+  // this one; after the wait come the reads and writes of global memory.
+  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  if (int(blockIdx.x) >= params.tiles.num_tiles()) {  // listed ones may be fewer than planned
+    if (threadIdx.x == 0) {
+      leave(params);
+    }
+    return;
   }
   __syncthreads();
   if (warpgroup_idx == 0) {

@@ -16,15 +16,8 @@ bool ForwardUnit<kHeadDim>::launch(Sm90ForwardConfig const& config,
     if (!(config == kRow)) {
       return false;
     }
-    auto const launch = [&](auto const& launch_kernel) {
-      launch_kernel(num_blocks, kRow.num_threads(), kRow.smem_bytes(), stream, params);
-    };
-    constexpr auto kKernel = forward_kernel<ForwardTraits<kRow>>;
-    if (params.tiles.list.num_tiles == nullptr) {
-      launch([](auto const&... args) { flash::launch<kKernel>(args...); });
-    } else {
-      launch([](auto const&... args) { flash::launch_early<kKernel>(args...); });
-    }
+    flash::launch_early<forward_kernel<ForwardTraits<kRow>>>(num_blocks, kRow.num_threads(),
+                                                             kRow.smem_bytes(), stream, params);
     return true;
   };
   return any_compiled_row<kSm90ForwardRows<DType::kBf16>, kHeadDim>(try_row) ||

@@ -102,7 +102,8 @@ void make_context_current(int device_index) {
   }
 }
 
-CUtensorMap make_tensor_map(TensorView const& view, int rows, int kernel_cols) {
+CUtensorMap make_tensor_map(TensorView const& view, int rows, int kernel_cols,
+                            CUtensorMapL2promotion l2_promotion) {
   int const cols = kernel_cols % 64 == 0 ? 64 : 32;
   Extents const extents = extents_of(view);
   cuuint32_t const box[5] = {cuuint32_t(cols), cuuint32_t(rows), 1, 1, 1};
@@ -115,7 +116,7 @@ CUtensorMap make_tensor_map(TensorView const& view, int rows, int kernel_cols) {
                      5, view.tensor.ptr, extents.sizes, extents.strides, box, every_element,
                      CU_TENSOR_MAP_INTERLEAVE_NONE,
                      cols == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                     l2_promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("flash_attn: cuTensorMapEncodeTiled failed with CUDA driver error " +
                              std::to_string(int(result)));

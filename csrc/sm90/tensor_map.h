@@ -29,7 +29,10 @@ void make_context_current(int device_index);
 
 /// Boxes of `rows` rows of one head, and of the columns of a column block of the kernel's tile
 /// (SmemTile) of kernel_cols columns, by whose length rows are swizzled. What lies outside of the
-/// tensor is read as zero. Throws if the driver refuses.
-CUtensorMap make_tensor_map(TensorView const& view, int rows, int kernel_cols);
+/// tensor is read as zero. What L2 lacks it fetches in pieces of l2_promotion. Throws if the driver
+/// refuses.
+CUtensorMap make_tensor_map(
+    TensorView const& view, int rows, int kernel_cols,
+    CUtensorMapL2promotion l2_promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B);
 
 }  // namespace flash::sm90
