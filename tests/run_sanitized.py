@@ -90,9 +90,10 @@ def main() -> int:
             with ops.newest_kernel_family(family):
                 run_packed(head_dims, window, {})
                 print(f"sm{family}, packed: {head_dims} {window}", flush=True)
-        for head_dims, window in itertools.product(HEAD_DIMS, WINDOWS):
-            run_packed(head_dims, window, extras)
-            print(f"extras, packed: {head_dims} {window}", flush=True)
+        alone: list[Options] = [{n: extras[n]} for n in ("softcap", "alibi_slopes", "dropout_p")]
+        for head_dims, window, options in itertools.product(HEAD_DIMS, WINDOWS, [extras, *alone]):
+            run_packed(head_dims, window, options)
+            print(f"{', '.join(options)}, packed: {head_dims} {window}", flush=True)
         shapes = ((2, 2, 193, 300), (2, 193, 300), (2, 1, 1, 300))
         for head_dims, window, shape in itertools.product(HEAD_DIMS, WINDOWS, shapes):
             run_biased(head_dims, window, shape)
