@@ -24,11 +24,12 @@ struct KeyRange {
 /// right], cut to [0, seqlen_k). May be empty (end <= begin). A bound near INT_MAX is a legal way
 /// to say "unbounded", so bounds are cut before anything is added to them.
 FLASH_HD constexpr KeyRange visible_keys(Mask mask, int i, int seqlen_q, int seqlen_k) {
+  int const left = mask.window_left, right = mask.window_right;
   int const diagonal = i + (seqlen_k - seqlen_q);
-  int const keys_behind = seqlen_q - 1 - i;  // the diagonal
-  return {mask.window_left < 0 ? 0 : imin(diagonal - imin(mask.window_left, diagonal), seqlen_k),
-          mask.window_right < 0 ? seqlen_k
-                                : imax(diagonal + 1 + imin(mask.window_right, keys_behind), 0)};
+  return {left < 0 ? 0 : imin(imax(diagonal, left) - left, seqlen_k),
+          right < 0
+              ? seqlen_k
+              : (diagonal >= seqlen_k - 1 - right ? seqlen_k : imax(diagonal + right + 1, 0))};
 }
 
 /// True if some query row does not attend to some key. Both bounds of visible_keys() grow with the
