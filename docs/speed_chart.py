@@ -1,4 +1,4 @@
-"""Draws speed_h100.png, the forward's chart of the README, from the table in performance.md.
+"""Draws speed_h200.png, the forward's chart of the README, from the table in performance.md.
 
 python docs/speed_chart.py
 """
@@ -43,7 +43,7 @@ def draw(path: Path) -> None:
     axis.set_ylabel("TFLOP/s")
     axis.margins(y=0.1)
     axis.set_title(
-        "Forward, bfloat16, 2 x 8192 tokens, width 2048, NVIDIA H100 80GB HBM3", fontsize=11, pad=24
+        "Forward, bfloat16, 2 x 8192 tokens, width 2048, NVIDIA H200", fontsize=11, pad=24
     )
     axis.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 0.98))
     axis.spines[["top", "right", "left"]].set_visible(False)
@@ -55,4 +55,4 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(HERE / "speed_h100.png")
+    draw(HERE / "speed_h200.png")
