@@ -35,7 +35,7 @@ struct Sm90BackwardConfig {
     return tile_m * head_dim * int(sizeof(float)) / num_groups();
   }
   /// What leaves a warpgroup at once through shared memory: a group of dQ, or dV of its keys. Of a
-  /// pair all of it leaves straight from registers.
+  /// pair dQ leaves straight from registers, dV and dK through buffers that are free by then.
   constexpr int outbox_bytes() const {
     return is_paired() ? 0 : imax(group_bytes(), 64 * head_dim_v * element_size(dtype));
   }

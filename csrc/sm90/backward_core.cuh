@@ -45,8 +45,7 @@ struct BackwardCore {
 
   /// What the maxima are in units of.
   __device__ __forceinline__ float score_scale() const {
-    return has_softcap<kConfig.extras>(params.problem.scores) ? params.problem.scores.softcap
-                                                              : params.problem.softmax_scale;
+    return score_unit_of<kConfig.extras>(params.problem.scores, params.problem.softmax_scale);
   }
 
   // Registers are scarce: where there is one buffer, its phase is the stage of what has two.
@@ -285,7 +284,8 @@ struct BackwardCore {
 
   // ---- Arithmetic ----
 
-  /// lse_log2 or softmax_d of this lane's two queries of fragment n, where they lie.
+  /// lse_log2 or softmax_d of this lane's two queries of fragment n, where they lie. A pair reads
+  /// them ahead, into a type of its own.
   struct RowStatistics {
     uint32_t address;
 

@@ -61,9 +61,6 @@ struct BackwardTraits {
   /// The first of the groups of a warpgroup; the second warpgroup has kRestCols / kGroupCols.
   static __device__ __forceinline__ int first_dq_group(int rank, int warpgroup) {
     constexpr int kOfFirst = 64 / kGroupCols;
-    if constexpr (!kPaired) {
-      return warpgroup;
-    }
     if (rank == 0) {
       return warpgroup * kOfFirst;
     }

@@ -49,9 +49,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
 
   /// What the maxima are in units of.
   __device__ __forceinline__ float score_scale() const {
-    float const softmax_scale = params.problem.softmax_scale;
-    ScoreOptions const& options = params.problem.scores;
-    return has_softcap<kConfig.extras>(options) ? options.softcap : softmax_scale;
+    return score_unit_of<kConfig.extras>(params.problem.scores, params.problem.softmax_scale);
   }
 
   // ---- Mask ----

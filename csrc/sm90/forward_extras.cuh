@@ -29,6 +29,12 @@ __device__ __forceinline__ bool has_dropout(Dropout const& dropout) {
   return kMayDrop<kExtras> && dropout.rng_state != nullptr;
 }
 
+/// score_unit() in a kernel that has code for kExtras.
+template <Extras kExtras>
+__device__ __forceinline__ float score_unit_of(ScoreOptions const& options, float softmax_scale) {
+  return has_softcap<kExtras>(options) ? options.softcap : softmax_scale;
+}
+
 /// What does not depend on the scores of a warp, and is made ready while the products still run.
 template <Extras kExtras, int kPieces, bool kTransposed>
 struct StepExtras {
