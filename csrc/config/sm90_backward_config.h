@@ -28,9 +28,19 @@ struct Sm90BackwardConfig {
   constexpr int block_keys() const { return tile_n / cluster_blocks(); }
   constexpr int num_threads() const { return 128 * (kWarpgroups + 1); }
 
+  /// True if each warpgroup makes all of dQ of every second query tile, else half of each: a
+  /// product can't begin amid a block of K's columns, so not all numbers of columns have halves.
+  constexpr bool takes_dq_in_turn() const {
+    return !is_paired() && tile_m == 64 && head_dim % 128 != 0;
+  }
+  /// True if there are registers for V: a left operand in them is not read for every query tile.
+  constexpr bool keeps_v() const { return head_dim == 96; }
+
   // dQ of a query tile is handed over and converted in groups of 64 rows: 32 columns of a pair,
-  // else one for each warpgroup.
-  constexpr int num_groups() const { return is_paired() ? head_dim / 32 : kWarpgroups; }
+  // else what a warpgroup makes.
+  constexpr int num_groups() const {
+    return is_paired() ? head_dim / 32 : takes_dq_in_turn() ? 1 : kWarpgroups;
+  }
   constexpr int group_bytes() const {
     return tile_m * head_dim * int(sizeof(float)) / num_groups();
   }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "arith/block_range.h"
+#include "device/mma.cuh"
 #include "device/wgmma.cuh"
 #include "sm90/backward_extras.cuh"
 #include "sm90/backward_load.cuh"
@@ -22,7 +23,7 @@ struct BackwardCore {
   using TileDs = typename Traits::TileDs;
   using Scores = float[kFragmentsS][4];  // 64 keys x tile_m queries
   using Operand = uint32_t[kStepsM][4];  // the same as a left operand of 16 queries a step
-  using Group = float[8][4];             // 64 rows and columns of dQ
+  using Group = float[Traits::kGroupCols / 8][4];  // 64 rows of dQ
   static constexpr bool kHasExtras = kConfig.extras != Extras::kNone;
 
   BackwardKernelParams const& params;
@@ -179,7 +180,8 @@ struct BackwardCore {
       BackwardParams const& problem = params.problem;
       extras.prepare(problem.scores, problem.dropout, score_scale(), uniform(shared.item.batch),
                      walk.head, problem.shape.num_heads,
-                     {key_begin + warp_idx * 16, 0, walk.m_block * Traits::kTileM, 16}, walk.shift);
+                     {fresh(key_begin) + warp_idx * 16, 0, walk.m_block * Traits::kTileM, 16},
+                     walk.shift);
     }
   }
   /// Products to scores in units of score_unit(). Where ALiBi may follow on the softcap also the
@@ -255,6 +257,21 @@ struct BackwardCore {
     }
     wgmma_commit();
   }
+  /// The same with the 64 rows in registers.
+  template <class TileQueries, int kSteps, class Beside>
+  __device__ __forceinline__ void issue_scores(Scores& scores, Piece const (&keys)[kSteps],
+                                               char* rows, Beside const& beside) const {
+    uint64_t const b = wgmma_descriptor<TileQueries>(smem_address(rows));
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      Wgmma<Traits::kTileM, kDType>::template rs<false>(
+          scores, keys[step].r, advanced(b, columns_step<TileQueries>(step)), step > 0);
+      if (step == kSteps / 2 - 1) {
+        beside();
+      }
+    }
+    wgmma_commit();
+  }
   /// dV += P^T dO or dK += dS^T Q.
   template <class TileQueries, int kFragments>
   __device__ __forceinline__ void issue_gradient(float (&gradient)[kFragments][4],
@@ -276,16 +293,15 @@ struct BackwardCore {
     uint64_t const b = advanced(wgmma_descriptor<TileK>(smem_address(shared.k)), columns);
 #pragma unroll
     for (int step = 0; step < Traits::kBlockKeys / 16; ++step) {
-      Wgmma<64, kDType>::template ss<true, true>(dq, advanced(a, rows_step<TileDs>(step)),
-                                                 advanced(b, rows_step<TileK>(step)), step > 0);
+      Wgmma<Traits::kGroupCols, kDType>::template ss<true, true>(
+          dq, advanced(a, rows_step<TileDs>(step)), advanced(b, rows_step<TileK>(step)), step > 0);
     }
     wgmma_commit();
   }
 
   // ---- Arithmetic ----
 
-  /// lse_log2 or softmax_d of this lane's two queries of fragment n, where they lie. A pair reads
-  /// them ahead, into a type of its own.
+  /// lse_log2 or softmax_d of this lane's two queries of fragment n, where they lie.
   struct RowStatistics {
     uint32_t address;
 
@@ -293,6 +309,21 @@ struct BackwardCore {
       return load_shared_float2(address + n * 32);
     }
   };
+  /// The same, read while the product is under way that they will be needed with.
+  struct ReadStatistics {
+    float2 of_fragment[kFragmentsS];
+
+    __device__ __forceinline__ ReadStatistics(RowStatistics const& statistics) {
+#pragma unroll
+      for (int n = 0; n < kFragmentsS; ++n) {
+        of_fragment[n] = statistics(n);
+      }
+    }
+    __device__ __forceinline__ float2 operator()(int n) const { return of_fragment[n]; }
+  };
+  /// With extras, or those of 128 queries, they don't fit the registers.
+  using Statistics =
+      std::conditional_t<Traits::kTileM == 64 && !kHasExtras, ReadStatistics, RowStatistics>;
   __device__ __forceinline__ RowStatistics lse_log2() const {
     return {smem_address(shared.lse_log2[queries.stage]) + lane_idx() % 4 * 8};
   }
@@ -400,16 +431,11 @@ struct BackwardCore {
 
   /// Hands a group of dQ over to the sender.
   __device__ __forceinline__ void store_dq(Group const& dq) {
-    constexpr int kFragments = Traits::kGroupCols / 8;
-    // With fewer than eight fragments a warpgroup of its own, the later one has the last ones.
-    int const skipped = kFragments == 8 ? 0 : warpgroup_idx * (8 - kFragments);
     uint32_t const strip =
         smem_address(open_outbox()) + warp_idx * Traits::kStripBytes + lane_idx() * 16;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      if (kFragments == 8 || (n >= skipped && n < skipped + kFragments)) {
-        store_shared_float4(strip + (n - skipped) * Traits::kFragmentBytes, dq[n]);
-      }
+    for (int n = 0; n < Traits::kGroupCols / 8; ++n) {
+      store_shared_float4(strip + n * Traits::kFragmentBytes, dq[n]);
     }
     hand_over(shared.outbox_full[warpgroup_idx]);
   }

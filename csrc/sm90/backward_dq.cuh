@@ -55,7 +55,8 @@ struct BackwardSender {
   static constexpr Sm90BackwardConfig kConfig = Traits::kConfig;
   BackwardKernelParams const& params;
   typename Traits::SharedStorage& shared;
-  uint32_t outbox_phases = 0;  // bit w: of warpgroup w
+  uint32_t outbox_phases = 0;   // bit w: of warpgroup w
+  Ring<Traits::kStages> tiles;  // of dQ
   uint32_t unread = 0;  // barrier to arrive at when the last group of copies has been read; 0: none
 
   // Reading a parcel takes as long as half a query tile: the next is started meanwhile.
@@ -147,8 +148,8 @@ struct BackwardSender {
         wait_turn(of_item.contributed + query_tile, of_item.turn(m_block));
       }
 #pragma unroll 1
-      for (int group = 0; group < Traits::kGroups; ++group) {  // one of each warpgroup
-        send_parcel(group, [&](uint32_t outbox) {
+      for (int group = 0; group < Traits::kGroups; ++group) {
+        send_parcel(Traits::kDqInTurn ? tiles.stage : group, [&](uint32_t outbox) {
           bulk_reduce_add(tile_sums + group * (Traits::kGroupBytes / 4), outbox,
                           Traits::kGroupBytes);
         });
@@ -162,6 +163,7 @@ struct BackwardSender {
       tma_store_wait<Traits::kGroups>();
       announce(previous);
       previous = query_tile;
+      tiles.advance();
     });
     tma_store_wait<0>();
     announce(previous);

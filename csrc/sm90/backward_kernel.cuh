@@ -19,12 +19,14 @@
 //   dk_full      | warps of a warpgroup (4)        | sender                  | dK in a buffer of dS
 //   dk_empty     | sender (1)                      | computing warps         |
 //   landed       | converting warp and bytes (1)   | that warp               | sums to convert
-//   named 1 + w  | warpgroup 1 - w, w (256)        | warpgroup w             | turn to issue
+//
+// Where warpgroups take dQ in turn, that of warpgroup w alone reads buffer w of dS, and its warps
+// end ds_empty (4).
 //
 // Of a pair, the warps of both thread blocks arrive at q_empty, dout_empty and ds_empty (16), of
 // which each has its own; V leaves its place to dV, so the first warpgroup's warps, which send it,
 // arrive at v_empty (4); the second one makes dS, and its warps and the bytes of the other thread
-// block's end ds_full (4). There are no turns, outboxes and dk barriers, but
+// block's end ds_full (4). There are no outboxes and dk barriers, but
 //
 //   p_full       | first warpgroup's warps (4)     | second warpgroup        | P in a buffer of dS
 //   v_read       | second warpgroup's warps (4)    | first warpgroup         | V, then dV
@@ -51,11 +53,12 @@ __device__ __forceinline__ void init_barriers(typename Traits::SharedStorage& sh
   constexpr int kReaders = Traits::kComputingWarps;
   constexpr int kSharers = Traits::kClusterBlocks * kReaders;
   constexpr int kOfDs = Traits::kPaired ? 4 : kReaders, kOfV = kOfDs;
+  constexpr int kReadersOfDs = Traits::kDqInTurn ? 4 : kSharers;
   for (int stage = 0; stage < Traits::kStages; ++stage) {
     init(shared.q_full[stage], 1);
     init(shared.q_empty[stage], kSharers);
     init(shared.ds_full[stage], kOfDs);
-    init(shared.ds_empty[stage], kSharers);
+    init(shared.ds_empty[stage], kReadersOfDs);
     init(shared.p_full[stage], 4);
     init(shared.dq_turn[stage], 1);
     init(shared.dq_added[stage], kReaders);

@@ -17,7 +17,7 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
   using Core::arrive, Core::lane_idx, Core::wait;
   using Core::dout, Core::key_phase, Core::params, Core::queries, Core::shared;
   using Core::kConfig, Core::kDType, Core::warp_idx, Core::warpgroup_idx;
-  using typename Core::Operand, typename Core::Scores;
+  using typename Core::Operand, typename Core::Scores, typename Core::Statistics;
   using typename Core::TileDout, typename Core::TileDs, typename Core::TileK;
   using typename Core::TileQ, typename Core::TileV;
   using TilePeerK = typename Traits::TilePeerK;
@@ -140,19 +140,6 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
     }
   }
 
-  /// Read while the product is under way that they will be needed with.
-  struct RowStatistics {
-    float2 of_fragment[Core::kFragmentsS];
-
-    __device__ __forceinline__ RowStatistics(typename Core::RowStatistics const& statistics) {
-#pragma unroll
-      for (int n = 0; n < Core::kFragmentsS; ++n) {
-        of_fragment[n] = statistics(n);
-      }
-    }
-    __device__ __forceinline__ float2 operator()(int n) const { return of_fragment[n]; }
-  };
-
   // ---- Steps ----
 
   /// The first warpgroup's part of a query tile. dQ is that of the tile before, whose dS takes its
@@ -165,7 +152,7 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
     wgmma_fence();
     this->template issue_scores<TileK, TileQ>(scores, shared.k, fresh_zero(),
                                               shared.q[queries.stage]);
-    RowStatistics const lse(this->lse_log2());
+    Statistics const lse(this->lse_log2());
     wgmma_wait<0>();
     pin(scores);
     if (needs_mask) {
@@ -203,7 +190,7 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
     wgmma_fence();
     this->template issue_scores<TileV, TileDout>(dp, shared.v, fresh_zero(),
                                                  shared.dout[dout().stage]);
-    RowStatistics const softmax_d(this->softmax_d());
+    Statistics const softmax_d(this->softmax_d());
     Operand p, ds;
     receive_p(p);
     wgmma_wait<0>();

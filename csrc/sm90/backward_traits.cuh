@@ -38,8 +38,9 @@ struct BackwardTraits {
   using TileDs = SmemTile<kBlockKeys, kTileM>;  // rows are keys
 
   // A group of dQ lies in fragments of 8 columns, those of a warp (16 rows, a strip) one behind the
-  // other. Without pairs a tile of 128 queries is split by rows, one of 64 by columns.
+  // other. Without pairs a tile of 128 queries is split by rows, one of 64 by columns or not.
   static constexpr bool kDqByRows = kTileM == 128;
+  static constexpr bool kDqInTurn = kConfig.takes_dq_in_turn();
   static constexpr int kGroups = kConfig.num_groups();
   static constexpr int kGroupCols = kDqByRows ? kConfig.head_dim : kConfig.head_dim / kGroups;
   static constexpr int kFragmentBytes = 16 * 8 * 4;
