@@ -97,6 +97,8 @@ struct ForwardParams {
   Strided out;         // [entries, seqlen_q, num_heads, head_dim_v]
   float* softmax_lse;  // [entries, num_heads, seqlen_q], natural logarithm
   Shape shape;
+  int max_seqlen_q;  // of packed queries the longest, as the caller has it, by which alone tiles
+                     // are chosen; 0: not known
   Sequences sequences;
   Mask mask;
   float softmax_scale;  // > 0

@@ -31,6 +31,7 @@ class Options(NamedTuple):
     dropout_p: float
     allow_tf32: bool
     asks_max_logits: bool
+    max_seqlen_q: int
     names: tuple[str, ...]  # of the tensors
 
 
@@ -49,8 +50,8 @@ def unpack(tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
 def _split(
     tensors: tuple[Tensor, ...], options: Options
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """The inputs of an Attention, and its options as keyword arguments of the forward op."""
-    softcap, dropout_p, allow_tf32, _, names = options
+    """The inputs of an Attention, and its options as keyword arguments of both ops."""
+    softcap, dropout_p, allow_tf32, _, _, names = options
     count = len(tensors) - len(names)
     extras = dict(zip(names, tensors[count:], strict=True))
     numbers = {"softcap": softcap, "dropout_p": dropout_p, "allow_tf32": allow_tf32}
@@ -83,7 +84,12 @@ class Attention(torch.autograd.Function):
             qkv = unpack(inputs)
             forward = ops.forward_with_max_logits if options.asks_max_logits else ops.forward
             out, softmax_lse, *max_logits = forward(
-                *qkv, softmax_scale, window_left, window_right, **extras
+                *qkv,
+                softmax_scale,
+                window_left,
+                window_right,
+                max_seqlen_q=options.max_seqlen_q,
+                **extras,
             )
             ctx.mark_non_differentiable(*max_logits)
         ctx.save_for_backward(*tensors, out, softmax_lse)
@@ -355,6 +361,7 @@ def _flat(tensors: tuple[Tensor, ...], extras: Extras) -> tuple[Any, ...]:
         extras.get("dropout_p", 0.0),
         extras.get("allow_tf32", False),
         "max_logits" in extras,
+        extras.get("max_seqlen_q", 0),
     )
     names = tuple([name for name, value in extras.items() if isinstance(value, Tensor)])
     return (Options(*numbers, names), *tensors, *[extras[name] for name in names])

@@ -6,6 +6,7 @@ A call without any of them has no dictionary at all: the way through the code th
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -200,6 +201,14 @@ def is_index(value: object) -> bool:
     if isinstance(value, (int, torch.SymInt)):
         return not isinstance(value, bool)
     return hasattr(value, "__index__")
+
+
+def longest(max_seqlen_q: object) -> Extras:
+    """The longest packed sequence, by which kernels choose their tiles; nothing where a tensor
+    holds it, and for torch.compile, which would compile anew for each value."""
+    if isinstance(max_seqlen_q, Tensor) or torch.compiler.is_compiling():
+        return {}
+    return {"max_seqlen_q": operator.index(max_seqlen_q)}  # type: ignore[arg-type]
 
 
 def check_max_seqlen(name: str, max_seqlen: object) -> None:

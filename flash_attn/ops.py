@@ -170,6 +170,7 @@ def _forward_fake(
     softcap: float = 0.0,
     dropout_p: float = 0.0,
     allow_tf32: bool = False,
+    max_seqlen_q: int = 0,
     **tensors: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     is_packed = tensors.get("cu_seqlens_q") is not None

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from flash_attn import ops
 from flash_attn.autograd import fold_scale, forward_only
 from flash_attn.dropout import draw_rng_state
-from flash_attn.extras import Extras, with_precision
+from flash_attn.extras import Extras, longest, with_precision
 from flash_attn.paged import gather_pages
 from flash_attn.probabilities import signed_probabilities
 
@@ -181,7 +181,8 @@ def _flash_attn_varlen_forward(
         zero_tensors, num_splits: nothing depends on them: rows outside of the sequences are always
             zero, and how the work is split is not the caller's to say.
     """
-    extras: Extras = {"cu_seqlens_q": cu_seqlens_q, **_extras(softcap, alibi_slopes)}
+    extras = {"cu_seqlens_q": cu_seqlens_q, **longest(max_seqlen_q)}
+    extras |= _extras(softcap, alibi_slopes)
     if block_table is None:
         extras["cu_seqlens_k"] = cu_seqlens_k
     else:

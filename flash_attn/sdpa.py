@@ -23,7 +23,7 @@ from torch import Tensor
 from flash_attn import ops, problem
 from flash_attn.autograd import forward_only
 from flash_attn.dropout import draw_rng_state
-from flash_attn.extras import Extras, given
+from flash_attn.extras import Extras, given, longest
 from flash_attn.paged import gather_pages
 from flash_attn.private_ops import run_backward
 
@@ -137,7 +137,7 @@ def _flash_forward_into(
 ) -> tuple[Tensor, Tensor]:
     """softmax_lse and random state of (batch, seqlen, heads, head_dim), or packed sequences.
 
-    max_q, max_k and num_splits: nothing depends on them.
+    max_k and num_splits: nothing depends on them.
     """
     if block_table is not None:
         key, value = gather_pages(key, block_table), gather_pages(value, block_table)
@@ -151,6 +151,8 @@ def _flash_forward_into(
         alibi_slopes=alibi_slopes,
     )
     window = problem.bounds_of(is_causal, window_size_left, window_size_right)
+    if cum_seq_q is not None:
+        extras |= longest(max_q)
     return _forward((query, key, value), out, scale, window, dropout_p, extras)
 
 

@@ -10,11 +10,14 @@ from torch import Tensor
 from flash_attn import paged, problem
 from flash_attn.attend import Result, attend
 from flash_attn.autograd import autocast_inputs
-from flash_attn.extras import Extras, check_cu_seqlens, check_max_seqlen, make_extras
+from flash_attn.extras import Extras, check_cu_seqlens, check_max_seqlen, longest, make_extras
 
 
-def _with_borders(extras: Extras | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> Extras:
-    return {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **(extras or {})}
+def _with_sequences(
+    extras: Extras | None, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: SupportsIndex
+) -> Extras:
+    borders = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    return {**borders, **longest(max_seqlen_q), **(extras or {})}
 
 
 def _pages_packed(
@@ -69,7 +72,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: (batch + 1,) int32 on the device of q, ascending from 0 to at
             most total_q and total_k: where sequences begin and end.
         max_seqlen_q, max_seqlen_k: lengths of the longest sequences: ints or integer tensors of one
-            element. Taken for the callers that have them; only S_dmask needs their values.
+            element. Tiles are chosen by max_seqlen_q if it is an int; only S_dmask needs the
+            values of tensors.
         block_table: (batch, max_blocks) int32: page n of sequence b is k[block_table[b, n]].
             cu_seqlens_k still says how many keys a sequence has. The pages are gathered into a
             packed copy of batch * max_blocks * page_size rows.
@@ -98,7 +102,7 @@ def flash_attn_varlen_func(
         deterministic,
         return_attn_probs,
         return_softmax_lse,
-        _with_borders(extras, cu_seqlens_q, cu_seqlens_k),
+        _with_sequences(extras, cu_seqlens_q, cu_seqlens_k, max_seqlen_q),
         (max_seqlen_q, max_seqlen_k),
     )
 
@@ -146,7 +150,7 @@ def flash_attn_varlen_kvpacked_func(
         deterministic,
         return_attn_probs,
         return_softmax_lse,
-        _with_borders(extras, cu_seqlens_q, cu_seqlens_k),
+        _with_sequences(extras, cu_seqlens_q, cu_seqlens_k, max_seqlen_q),
         (max_seqlen_q, max_seqlen_k),
     )
 
@@ -193,6 +197,6 @@ def flash_attn_varlen_qkvpacked_func(
         deterministic,
         return_attn_probs,
         return_softmax_lse,
-        _with_borders(extras, cu_seqlens, cu_seqlens),
+        _with_sequences(extras, cu_seqlens, cu_seqlens, max_seqlen),
         (max_seqlen, max_seqlen),
     )

@@ -11,6 +11,7 @@ import torch
 from backends import on_devices, usual_dtype
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,7 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    ops,
 )
 from flash_attn.dropout import draw_rng_state, dropout_mask
 from flash_attn.flash_attn_interface import _get_block_size_n
@@ -107,6 +109,35 @@ def test_compiled_step_of_one_tensor_as_queries_keys_and_values() -> None:
     got = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
     (want,) = torch.autograd.grad(loss(x), x)
     torch.testing.assert_close(torch.autograd.grad(got, x)[0], want)
+
+
+class Longest(TorchDispatchMode):
+    """What the forward op is told of the longest sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is ops.forward:
+            self.told.append(kwargs.get("max_seqlen_q", 0))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_op_is_told_the_longest_length_that_the_host_knows(requires_grad: bool) -> None:
+    q = torch.randn(30, 2, 16, requires_grad=requires_grad)
+    cu_seqlens = borders((20, 10), "cpu")
+
+    def call(longest: Any) -> Tensor:
+        return flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, longest, longest)
+
+    with Longest() as mode:
+        call(20)
+        call(torch.tensor(20))
+        flash_attn_varlen_qkvpacked_func(torch.stack((q, q, q), 1), cu_seqlens, 20)
+        flash_attn_varlen_kvpacked_func(q, torch.stack((q, q), 1), cu_seqlens, cu_seqlens, 20, 20)
+    assert mode.told == [20, 0, 20, 20]
 
 
 @on_devices

@@ -175,10 +175,11 @@ def select_sm90(
     window: tuple[int, int] = (-1, -1),
     smem: int = SMEM_SM90,
     extras: str = "none",
+    **packed: int,
 ) -> Any:
     sizes = (seqlen, seqlen, *head_dims)
     options = (host.Mask(*window), smem, getattr(host.Extras, extras))
-    return host.select_sm90_forward(getattr(host.DType, dtype), *sizes, *options)
+    return host.select_sm90_forward(getattr(host.DType, dtype), *sizes, *options, **packed)
 
 
 def suffix_of(row: Any) -> str:
@@ -264,6 +265,23 @@ def test_sm90_takes_a_window_that_hides_nothing_for_none(host: ModuleType) -> No
         (-1, 4999): "none",
     }.items():
         assert select_sm90(host, window=window).mask.name == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tile_m"),
+    [([1024] * 16, 128), ([2048] * 16, 192), ([16384] + [256] * 64, 192), ([16] * 4096, 128)],
+    ids=["equal", "equal long", "one long", "short"],
+)
+def test_tiles_of_packed_sequences_suit_those_with_most_rows(
+    host: ModuleType, lengths: list[int], tile_m: int
+) -> None:
+    """As far as the longest is known, else their mean length."""
+    packed = {"seqlen": sum(lengths), "batch_size": len(lengths), "window": (-1, 0)}
+    assert select_sm90(host, **packed, max_seqlen_q=max(lengths)).tile_m == tile_m
+    mean = sum(lengths) // len(lengths)
+    assert select_sm90(host, **packed) == select_sm90(host, seqlen=mean, window=(-1, 0))
+    if min(lengths) == max(lengths):
+        assert select_sm90(host, **packed).tile_m == tile_m
 
 
 def test_sm90_refuses_what_it_has_no_kernel_for(host: ModuleType) -> None:

@@ -49,6 +49,14 @@ def test_opcheck_forward(layout: str, device: str) -> None:
 
 
 @on_devices
+def test_opcheck_forward_of_packed_tensors(device: str) -> None:
+    q = torch.randn(40, 4, 32, device=device).to(usual_dtype(device))
+    cu_seqlens = torch.tensor([0, 10, 40], dtype=torch.int32, device=device)
+    packed = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": 30}
+    torch.library.opcheck(ops.forward, (q, q, q, 0.2, 5, 0), packed)
+
+
+@on_devices
 @pytest.mark.parametrize("has_dlse", [False, True])
 def test_opcheck_backward(has_dlse: bool, device: str) -> None:
     dlse = torch.ones(2, 4, 40, device=device) if has_dlse else None

@@ -112,6 +112,50 @@ def test_random_problem(number: int, device: str) -> None:
     check_problem(random_problem(number), usual_dtype(device), device)
 
 
+MANY = {  # more sequences than the kernel that lists tiles has threads, more tiles than it sorts
+    "sequences": (*range(1, 41),) * 60,
+    "tiles": (131, 1500, 129) * 20 + (40, 0, 513),
+}
+
+
+@on_devices
+@pytest.mark.parametrize("window", [(-1, 0), (-1, -1)], ids=str)
+@pytest.mark.parametrize("many", MANY)
+def test_many(many: str, window: tuple[int, int], device: str) -> None:
+    """Against as many dense calls as there are lengths."""
+    lengths = torch.tensor(MANY[many])
+    dtype, total = usual_dtype(device), int(lengths.sum())
+    tensors = [torch.randn(total, 1, 64, device=device).to(dtype) for _ in range(4)]
+    borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+    def run(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, **packed: Tensor) -> tuple[Tensor, ...]:
+        out, lse = ops.forward(q, k, v, 0.125, *window, **packed)
+        grads = [torch.empty_like(tensor) for tensor in (q, k, v)]
+        ops.backward(dout, q, k, v, out, lse, None, *grads, 0.125, *window, False, **packed)
+        return out, *grads
+
+    cu = borders.to(device, torch.int32)
+    results = run(*tensors, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    for length in lengths.unique().tolist():
+        rows = borders[:-1][lengths == length][:, None] + torch.arange(length)
+        expected = run(*(tensor[rows.to(device)] for tensor in tensors))
+        for got, wanted in zip(results, expected, strict=True):
+            torch.testing.assert_close(got[rows.to(device)], wanted, rtol=2e-2, atol=2e-2)
+
+
+@on_devices
+def test_results_do_not_depend_on_the_longest_length_that_is_said(device: str) -> None:
+    """By which tiles are chosen: of 64 columns there are two."""
+    lengths = (2000, *(30,) * 50)
+    q = torch.randn(sum(lengths), 2, 64, device=device).to(usual_dtype(device))
+    cu = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    packed = {"cu_seqlens_q": cu, "cu_seqlens_k": cu}
+    expected = ops.forward(q, q, q, 0.125, -1, 0, **packed)
+    for longest in (2000, 1, INT_MAX, -1, 2**40):
+        got = ops.forward(q, q, q, 0.125, -1, 0, **packed, max_seqlen_q=longest)
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
 def dense_part(inputs: Inputs, batch: int) -> Inputs:
     """One sequence of packed inputs as a dense batch of one."""
     (_, begin_q, end_q), (_, begin_k, end_k) = inputs.spans_q[batch], inputs.spans_k[batch]

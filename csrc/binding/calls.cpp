@@ -2,6 +2,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
 #include <utility>
 
@@ -195,6 +196,7 @@ ForwardCall::ForwardCall(Tensor const& q_in, Tensor const& k_in, Tensor const& v
           .out = strided(out),
           .softmax_lse = static_cast<float*>(softmax_lse.data_ptr()),
           .shape = problem.shape,
+          .max_seqlen_q = int(std::clamp<int64_t>(options.max_seqlen_q, 0, problem.shape.seqlen_q)),
           .sequences = problem.sequences,
           .mask = mask_of(options),
           .softmax_scale = checked_scale(options.softmax_scale),

@@ -23,7 +23,8 @@ struct Options {
   Given rng_state;
   Given sink;  // of the forward
   SequenceTensors sequences;
-  bool allow_tf32;  // fp32 on CUDA
+  bool allow_tf32;       // fp32 on CUDA
+  int64_t max_seqlen_q;  // of the forward of packed queries; 0: not known
 };
 
 /// A new contiguous tensor on the device of `like`; `dtype` is one of aoti_torch_dtype_*().

@@ -29,14 +29,15 @@ ForwardResult<kMaxLogits> forward_op(
     OptionalTensor const& bias, double dropout_p, OptionalTensor const& rng_state,
     OptionalTensor const& sink, OptionalTensor const& cu_seqlens_q,
     OptionalTensor const& cu_seqlens_k, OptionalTensor const& seqused_k,
-    OptionalTensor const& leftpad_k, OptionalTensor const& batch_idx_k, bool allow_tf32) {
+    OptionalTensor const& leftpad_k, OptionalTensor const& batch_idx_k, bool allow_tf32,
+    int64_t max_seqlen_q) {
   Options const options{
       softmax_scale, window_left,
       window_right,  softcap,
       alibi_slopes,  bias,
       dropout_p,     rng_state,
       sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
-      allow_tf32};
+      allow_tf32,    max_seqlen_q};
   ForwardCall const call = kRun(q, k, v, std::nullopt, options, kMaxLogits);
   if constexpr (kMaxLogits) {
     return {call.out, call.softmax_lse, *call.max_logits};
@@ -54,14 +55,14 @@ Tensor forward_into_op(Tensor const& q, Tensor const& k, Tensor const& v, Tensor
                        OptionalTensor const& rng_state, OptionalTensor const& sink,
                        OptionalTensor const& cu_seqlens_q, OptionalTensor const& cu_seqlens_k,
                        OptionalTensor const& seqused_k, OptionalTensor const& leftpad_k,
-                       OptionalTensor const& batch_idx_k, bool allow_tf32) {
+                       OptionalTensor const& batch_idx_k, bool allow_tf32, int64_t max_seqlen_q) {
   Options const options{
       softmax_scale, window_left,
       window_right,  softcap,
       alibi_slopes,  bias,
       dropout_p,     rng_state,
       sink,          {cu_seqlens_q, cu_seqlens_k, seqused_k, leftpad_k, batch_idx_k},
-      allow_tf32};
+      allow_tf32,    max_seqlen_q};
   return kRun(q, k, v, out, options, false).softmax_lse;
 }
 
@@ -81,7 +82,7 @@ Tensor backward_op(Tensor const& dout, Tensor const& q, Tensor const& k, Tensor 
                         alibi_slopes,  bias,
                         dropout_p,     rng_state,
                         none,          {cu_seqlens_q, cu_seqlens_k, none, none, none},
-                        allow_tf32};
+                        allow_tf32,    0};
   return kRun({dout, q, k, v, out, softmax_lse, dlse, dq, dk, dv, dbias}, options, deterministic);
 }
 

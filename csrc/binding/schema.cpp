@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY(flash_attn, m) {
       "Tensor? alibi_slopes=None, Tensor? bias=None, float dropout_p=0.0, Tensor? rng_state=None, "
       "Tensor? sink=None, Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, "
       "Tensor? seqused_k=None, Tensor? leftpad_k=None, Tensor? batch_idx_k=None, "
-      "bool allow_tf32=False";
+      "bool allow_tf32=False, int max_seqlen_q=0";
   auto const define = [&](std::string const& schema) { m.def(schema.c_str()); };
   define("forward(" + inputs + options + ") -> (Tensor out, Tensor softmax_lse)");
   define("forward_with_max_logits(" + inputs + options +

@@ -85,6 +85,18 @@ Selection<Config> select(std::vector<Config> const& rows, KernelRequest const& r
   return {{}, false, why_not.empty() ? "\n  no kernel of this dtype" : why_not};
 }
 
+/// The length that tiles are chosen for. Packed sequences' is a mean in which each counts as often
+/// as it has rows; of it two lower bounds are known, the mean that counts all alike, and what one
+/// longest sequence among empty ones would make.
+int usual_seqlen_q(ForwardParams const& params) {
+  int const rows = params.shape.seqlen_q;
+  if (params.sequences.cu_seqlens_q == nullptr || rows == 0) {
+    return rows;
+  }
+  int64_t const longest = params.max_seqlen_q;
+  return imax(rows / imax(params.shape.batch_size, 1), int(longest * longest / rows));
+}
+
 }  // namespace
 
 std::vector<ForwardConfig> forward_rows() {
@@ -118,13 +130,11 @@ Sm90ForwardConfig const* select_sm90_forward(DType dtype, ForwardParams const& p
     return nullptr;  // its kernels have no registers for the addresses
   }
   Shape const& shape = params.shape;
-  // Lengths that only the device knows: the mask may hide keys, and tiles suit their mean.
+  // Lengths that only the device knows: the mask may hide keys.
   bool const is_bounded = params.sequences.are_entries()
                               ? hides_any_key(params.mask, shape.seqlen_q, shape.seqlen_k)
                               : params.mask.is_bounded();
-  int const seqlen_q = params.sequences.cu_seqlens_q == nullptr
-                           ? shape.seqlen_q
-                           : shape.seqlen_q / imax(shape.batch_size, 1);
+  int const seqlen_q = usual_seqlen_q(params);
   MaskClass const mask_class = is_bounded ? MaskClass::kBounded : MaskClass::kNone;
   return first_sm90_row(kSm90ForwardRows<DType::kBf16>, kSm90ForwardRows<DType::kFp16>, dtype,
                         shape, smem_bytes, [&](Sm90ForwardConfig const& row) {

@@ -14,7 +14,7 @@ struct RowBlock {
   Sequence sequence;
 };
 
-/// Block number `idx` of `rows` rows each, which divide 128.
+/// Block number `idx` of `rows` rows each, which divide 128. For whole warps.
 __device__ __forceinline__ RowBlock row_block(BackwardParams const& params, int idx, int rows) {
   Shape const& shape = params.shape;
   int const blocks_per_head = params.softmax_d_rows / rows;
@@ -24,12 +24,16 @@ __device__ __forceinline__ RowBlock row_block(BackwardParams const& params, int 
   if (params.sequences.cu_seqlens_q == nullptr) {
     return {head, row, sequence(entry_head / shape.num_heads)};
   }
-  // The last sequence that begins at or before the row.
-  int batch = 0;
-  for (int end = shape.batch_size; end - batch > 1;) {
-    int const middle = (batch + end) / 2;
-    int const first = first_softmax_d_row(sequence(middle), params.sequences, middle);
-    (first <= row ? batch : end) = middle;
+  // The last sequence that begins at or before the row. Every look at device memory takes as long
+  // as a few rows: a warp looks at 32 sequences at a time.
+  int batch = 0, end = shape.batch_size;
+  while (end - batch > 1) {
+    int const step = ceil_div(end - batch, 32), candidate = batch + int(threadIdx.x % 32) * step;
+    bool const is_before =
+        candidate < end &&
+        first_softmax_d_row(sequence(candidate), params.sequences, candidate) <= row;
+    batch += imax(__popc(__ballot_sync(0xffffffffu, is_before)) - 1, 0) * step;
+    end = imin(batch + step, end);
   }
   Sequence const found = sequence(batch);
   return {head, row - first_softmax_d_row(found, params.sequences, batch), found};
@@ -58,39 +62,56 @@ __device__ __forceinline__ float add_products(float sum, uint4 const& a, uint4 c
   return sum;
 }
 
-/// Of `row` of a sequence, by the eight neighbouring lanes that share it, each of which gets them.
-template <DType kDType>
-__device__ __forceinline__ RowStatistics row_statistics(BackwardParams const& params,
-                                                        Sequence const& sequence, int head,
-                                                        int row) {
+/// Of kRows rows of a sequence, `step` apart, by the eight neighbouring lanes that share them, each
+/// of which gets them. Their loads are under way together.
+template <DType kDType, int kRows>
+__device__ __forceinline__ void row_statistics(BackwardParams const& params,
+                                               Sequence const& sequence, int head, int first_row,
+                                               int step, RowStatistics (&results)[kRows]) {
   Shape const& shape = params.shape;
-  RowStatistics result{kInfinity, 0.f};
-  if (row >= 0 && row < sequence.seqlen_q) {
-    GlobalRows const out(params.out, sequence.entry_q, head, sequence.first_q, sequence.seqlen_q,
-                         shape.head_dim_v, element_size(kDType));
-    GlobalRows const dout(params.dout, sequence.entry_q, head, sequence.first_q, sequence.seqlen_q,
-                          shape.head_dim_v, element_size(kDType));
-    int const row_bytes = shape.head_dim_v * element_size(kDType);
-    for (int byte = threadIdx.x % 8 * 16; byte < row_bytes; byte += 8 * 16) {
-      uint4 const a = *reinterpret_cast<uint4 const*>(out.ptr + row * out.row_bytes + byte);
-      uint4 const b = *reinterpret_cast<uint4 const*>(dout.ptr + row * dout.row_bytes + byte);
-      result.softmax_d = add_products<kDType>(result.softmax_d, a, b);
-    }
-    int64_t const idx = (int64_t(sequence.entry_q) * shape.num_heads + head) * shape.seqlen_q +
-                        sequence.first_q + row;
-    result.lse = params.softmax_lse[idx];
-    if (params.dlse != nullptr && threadIdx.x % 8 == 0) {
-      result.softmax_d -= params.dlse[idx];
+  auto const is_row = [&](int i) {
+    int const row = first_row + i * step;
+    return row >= 0 && row < sequence.seqlen_q;
+  };
+  int64_t const first_idx = (int64_t(sequence.entry_q) * shape.num_heads + head) * shape.seqlen_q +
+                            sequence.first_q + first_row;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    results[i] = {is_row(i) ? params.softmax_lse[first_idx + i * step] : kInfinity, 0.f};
+    if (params.dlse != nullptr && threadIdx.x % 8 == 0 && is_row(i)) {
+      results[i].softmax_d -= params.dlse[first_idx + i * step];
     }
   }
-  for (int distance = 1; distance < 8; distance *= 2) {
-    result.softmax_d += __shfl_xor_sync(0xffffffffu, result.softmax_d, distance);
+  GlobalRows const out(params.out, sequence.entry_q, head, sequence.first_q, sequence.seqlen_q,
+                       shape.head_dim_v, element_size(kDType));
+  GlobalRows const dout(params.dout, sequence.entry_q, head, sequence.first_q, sequence.seqlen_q,
+                        shape.head_dim_v, element_size(kDType));
+  int const row_bytes = shape.head_dim_v * element_size(kDType);
+  for (int byte = threadIdx.x % 8 * 16; byte < row_bytes; byte += 8 * 16) {
+    uint4 a[kRows], b[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      a[i] = b[i] = {};
+      if (is_row(i)) {
+        int64_t const row = first_row + i * step;
+        a[i] = *reinterpret_cast<uint4 const*>(out.ptr + row * out.row_bytes + byte);
+        b[i] = *reinterpret_cast<uint4 const*>(dout.ptr + row * dout.row_bytes + byte);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      results[i].softmax_d = add_products<kDType>(results[i].softmax_d, a[i], b[i]);
+    }
   }
-  // A row without visible keys has gradient 0 whatever comes in for it.
-  if (result.lse == kInfinity) {
-    result.softmax_d = 0.f;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+    float& softmax_d = results[i].softmax_d;
+    for (int distance = 1; distance < 8; distance *= 2) {
+      softmax_d += __shfl_xor_sync(0xffffffffu, softmax_d, distance);
+    }
+    // A row without visible keys has gradient 0 whatever comes in for it.
+    softmax_d = results[i].lse == kInfinity ? 0.f : softmax_d;
   }
-  return result;
 }
 
 }  // namespace flash

@@ -6,9 +6,10 @@
 namespace flash {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kLevels = kThreads;  // of work; one thread each
 constexpr int kClearingBlocks = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
 
 /// Tiles of a sequence, and the work of its longest one: tiles of the other side that it meets.
 struct SequenceTiles {
@@ -16,74 +17,153 @@ struct SequenceTiles {
   int work;
 };
 
+/// Of a sequence whose rows are cut into tiles, and the others, whose tiles these meet.
+__device__ __forceinline__ TileGrid grid_of(PackedProblem const& problem, Tiling const& tiling,
+                                            int batch) {
+  Sequence const sequence = sequence_of(problem, batch);
+  int const rows_q = sequence.seqlen_q, rows_k = sequence.seqlen_k;
+  return tiling.of_keys
+             ? TileGrid{tiling.tile_rows, tiling.other_tile_rows, rows_k, rows_q,
+                        transposed(problem.mask)}
+             : TileGrid{tiling.tile_rows, tiling.other_tile_rows, rows_q, rows_k, problem.mask};
+}
+
 __device__ __forceinline__ SequenceTiles tiles_of(PackedProblem const& problem,
                                                   Tiling const& tiling, int batch) {
-  Sequence const sequence = sequence_of(problem, batch);
-  int const rows = tiling.of_keys ? sequence.seqlen_k : sequence.seqlen_q;
-  int const others = tiling.of_keys ? sequence.seqlen_q : sequence.seqlen_k;
-  Mask const mask = tiling.of_keys ? transposed(problem.mask) : problem.mask;
-  int const left = mask.window_left < 0 ? others : imin(mask.window_left, others);
-  int const right = mask.window_right < 0 ? others : imin(mask.window_right, others);
+  TileGrid const grid = grid_of(problem, tiling, batch);
+  int const others = grid.seqlen_k;
+  int const left = grid.mask.window_left < 0 ? others : imin(grid.mask.window_left, others);
+  int const right = grid.mask.window_right < 0 ? others : imin(grid.mask.window_right, others);
   int const seen = right >= others - left
                        ? others
                        : imin(left + right, others - tiling.tile_rows) + tiling.tile_rows;
-  return {ceil_div(rows, tiling.tile_rows), ceil_div(seen, tiling.other_tile_rows)};
+  return {grid.num_m_blocks(), ceil_div(seen, tiling.other_tile_rows)};
+}
+
+/// The most work has the first level. Of large numbers the first five bits count.
+__device__ __forceinline__ int level_of(int work) {
+  int const shift = imax(27 - __clz(work), 0);
+  return kLevels - 1 - (16 * shift + (work >> shift));
 }
 
 /// Exclusive prefix sums of one value a thread, in `sums`.
 __device__ __forceinline__ void prefix_sums(int (&sums)[kLevels]) {
-  int const own = sums[threadIdx.x];
-  for (int distance = 1; distance < kLevels; distance *= 2) {
-    int const before = int(threadIdx.x) >= distance ? sums[threadIdx.x - distance] : 0;
-    __syncthreads();
-    sums[threadIdx.x] += before;
-    __syncthreads();
+  __shared__ int of_warps[kThreads / 32];
+  int const warp_idx = threadIdx.x / 32, lane_idx = threadIdx.x % 32;
+  auto const inclusive = [&](int sum) {
+    for (int distance = 1; distance < 32; distance *= 2) {
+      int const before = __shfl_up_sync(kAllLanes, sum, distance);
+      sum += lane_idx >= distance ? before : 0;
+    }
+    return sum;
+  };
+  int const own = sums[threadIdx.x], sum = inclusive(own);
+  if (lane_idx == 31) {
+    of_warps[warp_idx] = sum;
   }
-  sums[threadIdx.x] -= own;
+  __syncthreads();
+  // Every warp adds up all of them, so that none waits for another again.
+  int const of_warp = lane_idx < kThreads / 32 ? of_warps[lane_idx] : 0;
+  int const before = __shfl_sync(kAllLanes, inclusive(of_warp) - of_warp, warp_idx);
+  sums[threadIdx.x] = before + sum - own;
   __syncthreads();
 }
 
-/// Sequences are sorted by counting those of each level of work.
+/// The first place of each thread's share in its level: those of `num_threads` threads follow each
+/// other, so that two lists of the same sequences have equal ones in the same order. `peers` are
+/// the lanes of the same level, `before` of `total` places are those of the lanes before this one;
+/// level -1 takes none.
+__device__ __forceinline__ int take_places(int (&starts)[kLevels], int level, unsigned peers,
+                                           int before, int total, int num_threads) {
+  int const thread = threadIdx.x, lane_idx = thread % 32, first_lane = __ffs(peers) - 1;
+  int start = 0;
+  for (int turn = 0; turn < num_threads; turn += 32) {
+    if (turn == thread - lane_idx && lane_idx == first_lane && level >= 0) {
+      start = starts[level];
+      starts[level] = start + total;
+    }
+    __syncthreads();
+  }
+  return __shfl_sync(kAllLanes, start, first_lane) + before;
+}
+
+/// Sorts up to kThreads tiles by counting those of each level of work.
+__device__ void write_by_work(PackedProblem const& problem, Tiling const& tiling,
+                              ListedTile const* unsorted, int num_tiles, int (&starts)[kLevels],
+                              ListedTile* tiles) {
+  int const thread = threadIdx.x;
+  starts[thread] = 0;
+  __syncthreads();
+  ListedTile tile{};
+  int level = -1;
+  if (thread < num_tiles) {
+    tile = unsorted[thread];
+    BlockRange const met = n_block_range(grid_of(problem, tiling, tile.batch), tile.block);
+    level = level_of(met.max - met.min);
+    atomicAdd(&starts[level], 1);
+  }
+  __syncthreads();
+  prefix_sums(starts);
+  unsigned const peers = __match_any_sync(kAllLanes, level);
+  int const before = __popc(peers & ((1u << thread % 32) - 1));
+  int const place = take_places(starts, level, peers, before, __popc(peers), num_tiles);
+  if (thread < num_tiles) {
+    tiles[place] = tile;
+  }
+}
+
+/// The same with sequences, whose tiles follow each other.
 __device__ void write_list(PackedProblem const& problem, Tiling const& tiling, int* num_tiles,
                            ListedTile* tiles) {
   __shared__ int starts[kLevels];
-  __shared__ int max_work;
-  if (threadIdx.x == 0) {
-    max_work = 1;
-  }
-  starts[threadIdx.x] = 0;
+  __shared__ ListedTile last_tiles[kThreads];
+  int const thread = threadIdx.x, lane_idx = thread % 32, batch_size = problem.shape.batch_size;
+  starts[thread] = 0;
   __syncthreads();
-  int const batch_size = problem.shape.batch_size;
-  for (int batch = threadIdx.x; batch < batch_size; batch += kThreads) {
-    atomicMax(&max_work, tiles_of(problem, tiling, batch).work);
-  }
-  __syncthreads();
-  auto const level = [&](SequenceTiles const& sequence) {
-    return kLevels - 1 - int(int64_t(sequence.work) * (kLevels - 1) / max_work);
-  };
-  for (int batch = threadIdx.x; batch < batch_size; batch += kThreads) {
+  for (int batch = thread; batch < batch_size; batch += kThreads) {
     SequenceTiles const sequence = tiles_of(problem, tiling, batch);
-    atomicAdd(&starts[level(sequence)], sequence.num_tiles);
+    atomicAdd(&starts[level_of(sequence.work)], sequence.num_tiles);
   }
   __syncthreads();
-  int const last = starts[kLevels - 1];
-  __syncthreads();
+  int const of_last_level = starts[kLevels - 1];
   prefix_sums(starts);
-  if (threadIdx.x == 0) {
-    *num_tiles = starts[kLevels - 1] + last;
+  int const count = starts[kLevels - 1] + of_last_level;
+  int const num_last = imin(imin(tiling.num_by_work, kThreads), count);
+  if (thread == 0) {
+    *num_tiles = count;
   }
   __syncthreads();
-  int const lane_idx = threadIdx.x % 32;
-  for (int batch = threadIdx.x / 32; batch < batch_size; batch += kThreads / 32) {
-    SequenceTiles const sequence = tiles_of(problem, tiling, batch);
-    int first = 0;
-    if (lane_idx == 0) {
-      first = atomicAdd(&starts[level(sequence)], sequence.num_tiles);
+  for (int begin = 0; begin < batch_size; begin += kThreads) {
+    int const num_sequences = imin(batch_size - begin, kThreads);
+    SequenceTiles sequence{};
+    int level = -1;
+    if (thread < num_sequences) {
+      sequence = tiles_of(problem, tiling, begin + thread);
+      level = level_of(sequence.work);
     }
-    first = __shfl_sync(0xffffffffu, first, 0);
-    for (int i = lane_idx; i < sequence.num_tiles; i += 32) {
-      tiles[first + i] = {tiling.descending ? sequence.num_tiles - 1 - i : i, batch};
+    unsigned const peers = __match_any_sync(kAllLanes, level);
+    int before = 0, total = 0;
+    int const sequences_of_warp = imin(num_sequences - (thread - lane_idx), 32);
+    for (int lane = 0; lane < sequences_of_warp; ++lane) {
+      int const of_lane = __shfl_sync(kAllLanes, sequence.num_tiles, lane) * int(peers >> lane & 1);
+      before += lane < lane_idx ? of_lane : 0;
+      total += of_lane;
     }
+    int const first = take_places(starts, level, peers, before, total, num_sequences);
+    for (int lane = 0; lane < sequences_of_warp; ++lane) {  // all lanes a sequence
+      int const num = __shfl_sync(kAllLanes, sequence.num_tiles, lane);
+      int const first_tile = __shfl_sync(kAllLanes, first, lane);
+      for (int i = lane_idx; i < num; i += 32) {
+        ListedTile const tile{tiling.descending ? num - 1 - i : i,
+                              begin + thread - lane_idx + lane};
+        int const in_last = first_tile + i - (count - num_last);
+        (in_last < 0 ? tiles[first_tile + i] : last_tiles[in_last]) = tile;
+      }
+    }
+  }
+  if (num_last > 0) {
+    __syncthreads();
+    write_by_work(problem, tiling, last_tiles, num_last, starts, tiles + count - num_last);
   }
 }
 
@@ -146,7 +226,9 @@ __global__ void __launch_bounds__(kThreads)
     list_tiles_kernel(__grid_constant__ PackedProblem const problem,
                       __grid_constant__ ListRequests const requests) {
 #if __CUDA_ARCH__ >= 900
-  // A kernel that uses the lists may start meanwhile: it waits for the end itself.
+  // Launched early, and a kernel that uses the lists may start meanwhile: it waits for the end
+  // itself, but not for the kernel before this one.
+  asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   if (int(blockIdx.x) < requests.count) {
@@ -158,25 +240,31 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-void launch_list_tiles(PackedProblem const& problem, ListRequests const& requests, void* stream) {
-  launch<list_tiles_kernel>(requests.count + kClearingBlocks, kThreads, 0, stream, problem,
-                            requests);
+void launch_list_tiles(PackedProblem const& problem, ListRequests const& requests, void* stream,
+                       bool early) {
+  int const num_blocks = requests.count + kClearingBlocks;
+  if (early) {
+    launch_early<list_tiles_kernel>(num_blocks, kThreads, 0, stream, problem, requests);
+  } else {
+    launch<list_tiles_kernel>(num_blocks, kThreads, 0, stream, problem, requests);
+  }
 }
 
 }  // namespace
 
-TileList list_tiles(PackedProblem const& problem, ListRequest const& request, void* stream) {
-  launch_list_tiles(problem, {{request, request}, 1}, stream);
+TileList list_tiles(PackedProblem const& problem, ListRequest const& request, void* stream,
+                    bool early) {
+  launch_list_tiles(problem, {{request, request}, 1}, stream, early);
   return request.list();
 }
 
 void list_tiles(PackedProblem const& problem, ListRequest const& first, ListRequest const& second,
-                void* stream) {
-  launch_list_tiles(problem, {{first, second}, 2}, stream);
+                void* stream, bool early) {
+  launch_list_tiles(problem, {{first, second}, 2}, stream, early);
 }
 
 void clear_padding(PackedProblem const& problem, void* stream) {
-  launch_list_tiles(problem, {}, stream);
+  launch_list_tiles(problem, {}, stream, false);
 }
 
 }  // namespace flash

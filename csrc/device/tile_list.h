@@ -14,7 +14,8 @@ struct ListedTile {
   int batch;
 };
 
-/// In device memory. The tiles of a sequence follow each other, the longest sequences come first.
+/// In device memory. The tiles of a sequence follow each other, the longest sequences come first;
+/// the last ones may be in the order of their own work.
 struct TileList {
   int const* num_tiles = nullptr;  // null: there is no list, tiles are those of a TileOrder
   ListedTile const* tiles = nullptr;
@@ -26,7 +27,15 @@ struct Tiling {
   int tile_rows;
   int other_tile_rows;  // of the tiles that such a tile is paired with: its work is their number
   bool descending;      // the last tile of a sequence first
+  int num_by_work = 0;  // so many at the end of the list, of at most 512, the longest first
 };
+
+/// With a right bound alone the tiles of a sequence are anything from long to next to nothing.
+/// Where they follow each other a long one may come last, and all SMs wait for one; so at the end
+/// of a list tiles come in the order of their own work.
+inline bool has_uneven_tiles(Mask const& mask) {
+  return mask.window_right >= 0 && mask.window_left < 0;
+}
 
 /// Rows of a packed tensor that belong to no sequence get zeros.
 struct PaddedTensor {
@@ -90,10 +99,12 @@ struct ListRequest {
   }
 };
 
-/// Launches one kernel that writes one list or two, and clears rows without a sequence.
-TileList list_tiles(PackedProblem const& problem, ListRequest const& request, void* stream);
+/// Launches one kernel that writes one list or two, and clears rows without a sequence; `early`, on
+/// Hopper, as launch_early().
+TileList list_tiles(PackedProblem const& problem, ListRequest const& request, void* stream,
+                    bool early = false);
 void list_tiles(PackedProblem const& problem, ListRequest const& first, ListRequest const& second,
-                void* stream);
+                void* stream, bool early = false);
 /// Clears them alone.
 void clear_padding(PackedProblem const& problem, void* stream);
 

@@ -84,8 +84,9 @@ void bind_sm90_forward(py::module_& module) {
   module.def(
       "select_sm90_forward",
       [](DType dtype, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, Mask mask,
-         int smem_bytes, Extras extras, bool bias) {
-        Shape const shape{.batch_size = 1,
+         int smem_bytes, Extras extras, bool bias, int batch_size, int max_seqlen_q) {
+        static int32_t border = 0;
+        Shape const shape{.batch_size = imax(batch_size, 1),
                           .seqlen_q = seqlen_q,
                           .seqlen_k = seqlen_k,
                           .num_heads = 1,
@@ -95,12 +96,16 @@ void bind_sm90_forward(py::module_& module) {
         ForwardParams params{};
         params.shape = shape;
         params.mask = mask;
+        params.max_seqlen_q = max_seqlen_q;
+        params.sequences.cu_seqlens_q = batch_size > 0 ? &border : nullptr;
         set_options(params, extras, bias);
         return select_sm90_forward(dtype, params, smem_bytes);
       },
-      py::return_value_policy::reference, "A row, or None.", py::arg("dtype"), py::arg("seqlen_q"),
-      py::arg("seqlen_k"), py::arg("head_dim"), py::arg("head_dim_v"), py::arg("mask"),
-      py::arg("smem_bytes"), py::arg("extras") = Extras::kNone, py::arg("bias") = false);
+      py::return_value_policy::reference,
+      "A row, or None; of batch_size packed sequences unless that is 0.", py::arg("dtype"),
+      py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("head_dim"), py::arg("head_dim_v"),
+      py::arg("mask"), py::arg("smem_bytes"), py::arg("extras") = Extras::kNone,
+      py::arg("bias") = false, py::arg("batch_size") = 0, py::arg("max_seqlen_q") = 0);
 }
 
 void bind_sm90_backward(py::module_& module) {

@@ -18,8 +18,9 @@ __global__ void __launch_bounds__(kSideThreads)
                       __grid_constant__ BackwardWorkspace const workspace, int num_counters) {
   RowBlock const block = row_block(params, blockIdx.x, kRowsPerBlock);
   int const row = threadIdx.x / 8;
-  RowStatistics const statistics =
-      row_statistics<kDType>(params, block.sequence, block.head, block.row + row);
+  RowStatistics of_row[1];
+  row_statistics<kDType>(params, block.sequence, block.head, block.row + row, 0, of_row);
+  RowStatistics const& statistics = of_row[0];
   if (threadIdx.x % 8 == 0) {
     int64_t const idx = int64_t(blockIdx.x) * kRowsPerBlock + row;
     params.softmax_d[idx] = statistics.softmax_d;

@@ -87,13 +87,22 @@ BackwardDivision divide(Sm90BackwardConfig const& config, BackwardParams const& 
   return division;
 }
 
+/// Of Q, dO and sums, a row of all query heads that read a key head.
+int64_t bytes_per_row(Sm90BackwardConfig const& config, BackwardParams const& params) {
+  int64_t const of_head = (config.head_dim + config.head_dim_v) * element_size(config.dtype) +
+                          config.head_dim * int64_t(sizeof(float));
+  return of_head * params.shape.query_heads_per_key_head();
+}
+
 /// Where the lists of packed tiles are written, behind the rest of the workspace.
 struct Lists {
   ListRequest items, tiles;
   int64_t bytes;
 };
 
-Lists lists_of(Sm90BackwardConfig const& config, BackwardParams const& params, char* memory) {
+/// A list ends with the tiles of `rows_by_work` rows in the order of their work.
+Lists lists_of(Sm90BackwardConfig const& config, BackwardParams const& params, int rows_by_work,
+               char* memory) {
   if (!is_packed(params)) {
     return {};
   }
@@ -105,14 +114,25 @@ Lists lists_of(Sm90BackwardConfig const& config, BackwardParams const& params, c
   return {{{.of_keys = true,
             .tile_rows = config.tile_n,
             .other_tile_rows = config.tile_m,
-            .descending = ascending},
+            .descending = ascending,
+            .num_by_work = rows_by_work / config.tile_n},
            memory},
           {{.of_keys = false,
             .tile_rows = config.tile_m,
             .other_tile_rows = config.tile_n,
-            .descending = !ascending},
+            .descending = !ascending,
+            .num_by_work = rows_by_work / config.tile_m},
            memory + items_bytes},
           items_bytes + tiles_bytes};
+}
+
+/// As many as are in a section of dense calls. Deterministic sums need the order of a sequence's
+/// tiles.
+int rows_by_work(Sm90BackwardConfig const& config, BackwardParams const& params,
+                 Device const& device) {
+  int const section = imax(int(kSectionBytes / bytes_per_row(config, params)),
+                           num_clusters(config, device) * config.tile_n);
+  return has_uneven_tiles(params.mask) && !params.deterministic ? section : 0;
 }
 
 /// Tiles and counters are numbered by ints, 16 bytes of the sums by 32 bits.
@@ -136,10 +156,8 @@ int backward_section(Sm90BackwardConfig const& config, BackwardParams const& par
                      Device const& device) {
   Shape const& shape = params.shape;
   int const key_heads = params.sequences.entries_k * shape.num_heads_k;
-  int64_t const bytes_per_row = (config.head_dim + config.head_dim_v) * element_size(config.dtype) +
-                                config.head_dim * int64_t(sizeof(float));
   int64_t const bytes_per_head =
-      bytes_per_row * shape.query_heads_per_key_head() * round_up(shape.seqlen_q, config.tile_m);
+      bytes_per_row(config, params) * round_up(shape.seqlen_q, config.tile_m);
   int const fit = heads_per_section(bytes_per_head, kSectionBytes, key_heads);
   int const one_item_an_sm =
       imin(num_clusters(config, device) / ceil_div(shape.seqlen_k, config.tile_n), key_heads);
@@ -152,7 +170,7 @@ std::size_t backward_workspace_bytes(Sm90BackwardConfig const& config, BackwardP
   return std::size_t(BackwardWorkspace::sums_bytes(config, division) +
                      BackwardWorkspace::lse_bytes(params) +
                      BackwardWorkspace::num_counters(division) * int64_t(sizeof(int)) +
-                     lists_of(config, params, nullptr).bytes);
+                     lists_of(config, params, 0, nullptr).bytes);
 }
 
 void backward(Sm90BackwardConfig const& config, BackwardParams const& params, int section,
@@ -165,8 +183,9 @@ void backward(Sm90BackwardConfig const& config, BackwardParams const& params, in
   int* const counters = reinterpret_cast<int*>(lse + BackwardWorkspace::lse_bytes(params));
   if (is_packed(params)) {
     int* const end = counters + BackwardWorkspace::num_counters(division);
-    Lists const lists = lists_of(config, params, reinterpret_cast<char*>(end));
-    list_tiles(packed_problem(params, config.dtype), lists.items, lists.tiles, stream);
+    Lists const lists = lists_of(config, params, rows_by_work(config, params, device),
+                                 reinterpret_cast<char*>(end));
+    list_tiles(packed_problem(params, config.dtype), lists.items, lists.tiles, stream, true);
     division.items.list = lists.items.list();
     division.tiles.list = lists.tiles.list();
   }

@@ -6,8 +6,10 @@
 
 namespace flash::sm90 {
 
-constexpr int kRowsPerBlock = 16;  // query rows of a thread block, eight lanes a row
 constexpr int kPreprocessThreads = 128;
+constexpr int kRowsAtOnce = kPreprocessThreads / 8;  // eight lanes a row
+constexpr int kRowsOfThread = 4;
+constexpr int kRowsPerBlock = kRowsOfThread * kRowsAtOnce;  // query rows of a thread block
 
 /// softmax_d and lse_log2 of every query row, and clears the dq sums and counters. Rows that belong
 /// to no sequence get softmax_d 0 and lse_log2 +inf, so that their probabilities are 0.
@@ -20,12 +22,16 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   asm volatile("griddepcontrol.launch_dependents;");
   RowBlock const block = row_block(params, blockIdx.x, kRowsPerBlock);
   int const row = threadIdx.x / 8;
-  RowStatistics const statistics =
-      row_statistics<kDType>(params, block.sequence, block.head, block.row + row);
+  RowStatistics statistics[kRowsOfThread];
+  row_statistics<kDType>(params, block.sequence, block.head, block.row + row, kRowsAtOnce,
+                         statistics);
   if (threadIdx.x % 8 == 0) {
-    int64_t const idx = int64_t(blockIdx.x) * kRowsPerBlock + row;
-    params.softmax_d[idx] = statistics.softmax_d;
-    workspace.lse_log2[idx] = statistics.lse * kLog2E;
+#pragma unroll
+    for (int i = 0; i < kRowsOfThread; ++i) {
+      int64_t const idx = int64_t(blockIdx.x) * kRowsPerBlock + i * kRowsAtOnce + row;
+      params.softmax_d[idx] = statistics[i].softmax_d;
+      workspace.lse_log2[idx] = statistics[i].lse * kLog2E;
+    }
   }
   int64_t const thread = int64_t(blockIdx.x) * kPreprocessThreads + threadIdx.x;
   int64_t const num_threads = int64_t(gridDim.x) * kPreprocessThreads;

@@ -66,6 +66,16 @@ int64_t max_listed_tiles(Sm90ForwardConfig const& config, ForwardParams const& p
   return max_tiles(params.shape.seqlen_q, params.shape.batch_size, config.tile_m);
 }
 
+/// How many tiles at the end of a list come by their work: as many as are in a last section of
+/// dense calls.
+int tiles_by_work(Sm90ForwardConfig const& config, ForwardParams const& params,
+                  Device const& device) {
+  int64_t const bytes_per_tile =
+      int64_t(config.tile_m) * (config.head_dim + config.head_dim_v) * element_size(config.dtype);
+  int64_t const fit = kSectionBytes * params.shape.query_heads_per_key_head() / bytes_per_tile;
+  return has_uneven_tiles(params.mask) ? imax(int(fit), 2 * device.num_sms) : 0;
+}
+
 /// Packed queries: the tiles are listed first.
 LaunchedTiles forward_tiles(Sm90ForwardConfig const& config, ForwardParams const& params,
                             Device const& device, Stream stream) {
@@ -76,11 +86,12 @@ LaunchedTiles forward_tiles(Sm90ForwardConfig const& config, ForwardParams const
   Tiling const tiling{.of_keys = false,
                       .tile_rows = config.tile_m,
                       .other_tile_rows = config.tile_n,
-                      .descending = order.descending};
+                      .descending = order.descending,
+                      .num_by_work = tiles_by_work(config, params, device)};
   order.descending = false;  // the list is in order
-  return {
-      {order, list_tiles(packed_problem(params, config.dtype), {tiling, params.workspace}, stream)},
-      max_listed_tiles(config, params) * params.shape.num_heads};
+  return {{order, list_tiles(packed_problem(params, config.dtype), {tiling, params.workspace},
+                             stream, true)},
+          max_listed_tiles(config, params) * params.shape.num_heads};
 }
 
 }  // namespace

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from flash_attn import problem
 from flash_attn.autograd import forward_only
-from flash_attn.extras import Extras, given
+from flash_attn.extras import Extras, given, longest
 from flash_attn.kvcache import flash_attn_with_kvcache
 from flash_attn.ops import backward_flops, forward_flops
 from flash_attn.paged import gather_pages
@@ -160,6 +160,8 @@ def fwd(
         batch_idx_k=kv_batch_idx,
     )
     options: Extras = {**extras, **({"softcap": softcap} if softcap != 0.0 else {})}
+    if cu_seqlens_q is not None and max_seqlen_q is not None:
+        options |= longest(max_seqlen_q)
     scale = problem.scale_of(softmax_scale, q.size(-1))
     out, softmax_lse = forward_only((q, k, v), scale, *window, options, out)
     if may_have_empty_rows(q, k, window, extras):
