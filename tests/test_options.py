@@ -14,6 +14,7 @@ from option_problems import (
     assert_bit_equal,
     assert_same,
     check_problem,
+    check_results,
     make_inputs,
     on_one_torch_thread,
     op_results,
@@ -97,6 +98,23 @@ PROBLEMS += [
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_problem(problem: Problem, device: str, dtype: torch.dtype) -> None:
     check_problem(problem, dtype, device)
+
+
+@on_backends
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("growth", [0.01, -0.01, 0.1])
+def test_softcap_of_scores_that_grow_along_the_keys(
+    growth: float, head_dim: int, device: str, dtype: torch.dtype
+) -> None:
+    """By 10 from one tile of keys to the next, or by 100: far more than a maximum may be behind."""
+    problem = Problem("growing", (130,), (500,), softcap=300.0, head_dim=head_dim)
+    inputs = make_inputs(problem, dtype, device)
+    steps = growth * 64 / head_dim * torch.arange(500, device=device)[:, None, None]
+    q = (inputs.q.float() / 4 + 1).to(dtype)
+    k = (inputs.k.float() / 4 + steps).to(dtype)
+    inputs = inputs._replace(q=q, k=k)
+    got = op_results(inputs, packed_q=False, packed_k=False)
+    check_results(problem, inputs, got)
 
 
 # Known answers of Philox4x32-7, from the Random123 distribution: counter, key, bits.
