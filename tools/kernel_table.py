@@ -21,7 +21,7 @@ HEADER = ("kernel", "tile", "arch", "regs", "smem KB", "spills", "ptxas s")
 TABLES = {
     "ForwardConfig": (
         "forward_rows",
-        *("arch", "dtype", "head_dim", "extras", "tile_m", "tile_n", "num_warps", "late_copy"),
+        *("arch", "dtype", "head_dim", "extras", "tile_m", "tile_n", "num_warps"),
         "blocks_per_sm",
     ),
     "BackwardConfig": (

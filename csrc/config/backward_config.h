@@ -21,10 +21,15 @@ struct BackwardConfig {
   int blocks_per_sm;  // thread blocks side by side on an SM
 
   constexpr int num_threads() const { return 32 * num_warps; }
+  /// True if every warp has the scores, dK and dV of the same keys: P then stays in its registers.
+  constexpr bool keys_own_warps() const {
+    return warps_m_s == 1 && warps_n_dkv == num_warps && !extras && element_size(dtype) == 2;
+  }
   constexpr int smem_bytes() const {
     int const operands = (2 * tile_n + 2 * num_stages * tile_m) * head_dim;
-    int const probabilities = 2 * tile_m * tile_n;  // P and dS
-    return (operands + probabilities) * element_size(dtype);
+    int const gradients = (keys_own_warps() ? 1 : 2) * tile_m * tile_n;  // dS, and P
+    int const row_stats = keys_own_warps() ? 2 * 4 * tile_m : 0;         // bytes
+    return (operands + gradients) * element_size(dtype) + row_stats;
   }
   constexpr RowName name() const { return row_name("bwd", arch, head_dim, dtype, extras); }
   friend constexpr bool operator==(BackwardConfig const&, BackwardConfig const&) = default;
@@ -35,15 +40,15 @@ template <DType kDType>
 inline constexpr BackwardConfig kBackwardRows[] = {
     // clang-format off
     // arch dtype head_dim extras  m    n  warps  m_s n_dkv m_dq stages blocks
-    {80, kDType,  64, false,     64,  64,  4,     2,   2,   2,    2,    3},
-    {80, kDType,  64, false,    128,  64,  4,     2,   2,   2,    1,    2},
+    {80, kDType,  64, false,     64, 128,  4,     1,   4,   2,    2,    2},
     {80, kDType,  64, true,     128,  64,  4,     2,   2,   2,    1,    2},
     {80, kDType,  96, false,     64,  64,  4,     2,   2,   2,    2,    2},
     {80, kDType,  96, true,      64,  64,  4,     2,   2,   2,    2,    2},
-    {80, kDType, 128, false,     64,  64,  4,     2,   2,   2,    2,    2},
+    {80, kDType, 128, false,     64, 128,  8,     2,   4,   2,    2,    1},
     {80, kDType, 128, false,     64,  64,  4,     2,   2,   2,    1,    2},
     {80, kDType, 128, true,      64,  64,  4,     2,   2,   2,    2,    2},
     {80, kDType, 128, true,      64,  64,  4,     2,   2,   2,    1,    2},
+    {80, kDType, 192, false,     64,  96,  8,     4,   2,   2,    2,    1},
     {80, kDType, 192, false,     64,  96,  8,     4,   2,   2,    1,    1},
     {80, kDType, 192, false,     32,  64,  8,     2,   4,   2,    1,    1},
     {80, kDType, 192, true,      64,  96,  8,     4,   2,   2,    1,    1},

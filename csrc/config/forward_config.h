@@ -14,7 +14,6 @@ struct ForwardConfig {
   bool extras;   // softcap, ALiBi and dropout
   int tile_m, tile_n;
   int num_warps;      // each owns tile_m / num_warps query rows
-  bool late_copy;     // the next K is copied under P V alone instead of under softmax and P V
   int blocks_per_sm;  // thread blocks side by side on an SM
 
   constexpr int num_threads() const { return 32 * num_warps; }
@@ -31,18 +30,18 @@ struct ForwardConfig {
 template <DType kDType>
 inline constexpr ForwardConfig kForwardRows[] = {
     // clang-format off
-    // arch dtype head_dim extras  m    n  warps  late  blocks
-    {80, kDType,  64, false,     64, 128,  4,   false,  3},
-    {80, kDType,  64, true,      64, 128,  4,   true,   3},
-    {80, kDType,  96, false,    128,  64,  4,   false,  2},
-    {80, kDType,  96, true,     128,  64,  4,   false,  2},
-    {80, kDType, 128, false,    128,  64,  4,   true,   2},
-    {80, kDType, 128, true,     128,  64,  4,   true,   2},
-    {80, kDType, 192, false,     64,  64,  4,   false,  2},
-    {80, kDType, 192, true,      64,  64,  4,   false,  2},
-    {80, kDType, 256, false,     64,  64,  4,   false,  2},
-    {80, kDType, 256, false,    128,  64,  8,   false,  1},
-    {80, kDType, 256, true,      64,  64,  4,   false,  2},
+    // arch dtype head_dim extras  m    n  warps blocks
+    {80, kDType,  64, false,    128, 128,  4,    2},
+    {80, kDType,  64, true,      64, 128,  4,    3},
+    {80, kDType,  96, false,    128,  64,  4,    2},
+    {80, kDType,  96, true,     128,  64,  4,    2},
+    {80, kDType, 128, false,    128,  64,  4,    2},
+    {80, kDType, 128, true,     128,  64,  4,    2},
+    {80, kDType, 192, false,     64,  64,  4,    2},
+    {80, kDType, 192, true,      64,  64,  4,    2},
+    {80, kDType, 256, false,     64,  64,  4,    2},
+    {80, kDType, 256, false,    128,  64,  8,    1},
+    {80, kDType, 256, true,      64,  64,  4,    2},
     // clang-format on
 };
 
@@ -50,23 +49,23 @@ inline constexpr ForwardConfig kForwardRows[] = {
 template <>
 inline constexpr ForwardConfig kForwardRows<DType::kFp32>[] = {
     // clang-format off
-    // arch dtype     head_dim extras  m    n  warps  late  blocks
-    {80, DType::kFp32,  64, false,     64,  64,  4,   false,  2},
-    {80, DType::kFp32,  64, true,      64,  64,  4,   false,  2},
-    {80, DType::kFp32,  96, false,     64,  64,  4,   false,  2},
-    {80, DType::kFp32,  96, true,      64,  64,  4,   false,  2},
-    {80, DType::kFp32, 128, false,     64,  32,  4,   false,  2},
-    {80, DType::kFp32, 128, false,    128,  32,  8,   false,  1},
-    {80, DType::kFp32, 128, true,      64,  32,  4,   false,  2},
-    {80, DType::kFp32, 128, true,     128,  32,  8,   false,  1},
-    {80, DType::kFp32, 192, false,     64,  32,  4,   false,  2},
-    {80, DType::kFp32, 192, true,      64,  32,  4,   false,  2},
-    {80, DType::kFp32, 256, false,    128,  32,  8,   false,  1},
-    {80, DType::kFp32, 256, false,    128,  16,  8,   false,  1},
-    {80, DType::kFp32, 256, false,     64,  16,  4,   false,  1},
-    {80, DType::kFp32, 256, true,     128,  32,  8,   false,  1},
-    {80, DType::kFp32, 256, true,     128,  16,  8,   false,  1},
-    {80, DType::kFp32, 256, true,      64,  16,  4,   false,  1},
+    // arch dtype     head_dim extras  m    n  warps blocks
+    {80, DType::kFp32,  64, false,     64,  64,  4,    2},
+    {80, DType::kFp32,  64, true,      64,  64,  4,    2},
+    {80, DType::kFp32,  96, false,     64,  64,  4,    2},
+    {80, DType::kFp32,  96, true,      64,  64,  4,    2},
+    {80, DType::kFp32, 128, false,     64,  32,  4,    2},
+    {80, DType::kFp32, 128, false,    128,  32,  8,    1},
+    {80, DType::kFp32, 128, true,      64,  32,  4,    2},
+    {80, DType::kFp32, 128, true,     128,  32,  8,    1},
+    {80, DType::kFp32, 192, false,     64,  32,  4,    2},
+    {80, DType::kFp32, 192, true,      64,  32,  4,    2},
+    {80, DType::kFp32, 256, false,    128,  32,  8,    1},
+    {80, DType::kFp32, 256, false,    128,  16,  8,    1},
+    {80, DType::kFp32, 256, false,     64,  16,  4,    1},
+    {80, DType::kFp32, 256, true,     128,  32,  8,    1},
+    {80, DType::kFp32, 256, true,     128,  16,  8,    1},
+    {80, DType::kFp32, 256, true,      64,  16,  4,    1},
     // clang-format on
 };
 

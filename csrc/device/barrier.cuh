@@ -1,8 +1,9 @@
-// Hopper's barriers in shared memory (mbarrier), named barriers, and the register hand-over between
-// warpgroups. Own wrappers, for CUTLASS's take generic pointers and cost 5 s of compile time a
-// unit.
+// Barriers in shared memory (mbarrier), which Ampere has too, and Hopper's: those of clusters,
+// named ones, and the register hand-over between warpgroups. Own wrappers, for CUTLASS's take
+// generic pointers and cost 5 s of compile time a unit.
 #pragma once
 
+#include "device/fresh.cuh"
 #include "device/shared_memory.cuh"
 
 namespace flash {
@@ -46,19 +47,13 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t ra
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(cluster_address(barrier, rank))
                : "memory");
 }
-/// Waits for the end of the phase of this parity.
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n}\n" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+/// Arrives for the warp, behind what all its lanes have read and written.
+__device__ __forceinline__ void mbarrier_arrive_warp(uint32_t barrier) {
+  __syncwarp();
+  if (fresh_thread_idx() % 32 == 0) {
+    mbarrier_arrive(barrier);
+  }
 }
-
 /// True if the phase of this parity has ended.
 __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -70,6 +65,23 @@ __device__ __forceinline__ bool mbarrier_test(uint32_t barrier, uint32_t parity)
       : "r"(barrier), "r"(parity)
       : "memory");
   return done != 0;
+}
+/// Waits for the end of the phase of this parity.
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{\n.reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\n"
+      "bra WAIT;\n"
+      "DONE:\n}\n" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
+#else
+  while (!mbarrier_test(barrier, parity)) {
+  }
+#endif
 }
 
 /// Position in a ring of barriers that are used in turn.

@@ -13,15 +13,9 @@ __device__ __forceinline__ void cp_async_16(uint32_t smem_address, void const* g
                : "memory");
 }
 
-/// Closes the group of copies started since the last call.
-__device__ __forceinline__ void cp_async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-/// Waits until at most kPending of this thread's groups are in flight.
-template <int kPending>
-__device__ __forceinline__ void cp_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+/// Arrives at an mbarrier, for which this thread counts, once all its copies so far are done.
+__device__ __forceinline__ void cp_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
 /// The rows of one head of a sequence in a strided tensor.

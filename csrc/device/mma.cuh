@@ -69,12 +69,19 @@ __device__ __forceinline__ Piece load_piece(PieceReader<Tile, kOperand> const& r
   return p;
 }
 
+struct NothingBeside {
+  __device__ __forceinline__ void operator()(int) const {}
+};
+
 /// acc[m][2n, 2n + 1] += sum over k of load_a(m, k) * load_b(n, k), pieces of 16. Operands are
 /// loaded kAhead pieces of B (one k-step of A) before the products that use them: enough to cover
-/// ldmatrix's latency at the fewest registers.
-template <DType kDType, int kPiecesK, int kPiecesM, int kHalfPiecesN, class LoadA, class LoadB>
+/// ldmatrix's latency at the fewest registers. beside(step) adds other work behind each of the
+/// steps, one for a piece of B.
+template <DType kDType, int kPiecesK, int kPiecesM, int kHalfPiecesN, class LoadA, class LoadB,
+          class Beside>
 __device__ __forceinline__ void warp_gemm(float (&acc)[kPiecesM][kHalfPiecesN][4],
-                                          LoadA const& load_a, LoadB const& load_b) {
+                                          LoadA const& load_a, LoadB const& load_b,
+                                          Beside const& beside) {
   constexpr int kPiecesN = kHalfPiecesN / 2;
   constexpr int kSteps = kPiecesK * kPiecesN;
   constexpr int kAhead = 2;
@@ -106,6 +113,7 @@ __device__ __forceinline__ void warp_gemm(float (&acc)[kPiecesM][kHalfPiecesN][4
       mma_m16n8k16<kDType>(acc[m][2 * n], a[k % kBuffersA][m], b_step.r[0], b_step.r[1]);
       mma_m16n8k16<kDType>(acc[m][2 * n + 1], a[k % kBuffersA][m], b_step.r[2], b_step.r[3]);
     }
+    beside(step);
   }
 }
 

@@ -214,16 +214,22 @@ __device__ __forceinline__ void warp_gemm_tf32(float (&acc)[kM][kN][4], LoadA co
 }
 
 /// acc += a b over kK columns of A. `allow_tf32` (ForwardParams) and kGroup, the pieces of B that
-/// an A from shared memory is loaded once for, are of fp32 alone.
-template <DType kDType, int kK, int kGroup = 2, int kM, int kN, class LoadA, class LoadB>
+/// an A from shared memory is loaded once for, are of fp32 alone. `beside` as in warp_gemm(); with
+/// fp32 it comes before the product.
+template <DType kDType, int kK, int kGroup = 2, int kM, int kN, class LoadA, class LoadB,
+          class Beside = NothingBeside>
 __device__ __forceinline__ void warp_product(float (&acc)[kM][kN][4], LoadA const& load_a,
-                                             LoadB const& load_b,
-                                             [[maybe_unused]] bool allow_tf32) {
+                                             LoadB const& load_b, [[maybe_unused]] bool allow_tf32,
+                                             Beside const& beside = {}) {
   constexpr int kPiecesK = kK / kPieceK<kDType>;
   if constexpr (kDType == DType::kFp32) {
+#pragma unroll
+    for (int step = 0; step < kPiecesK * kN / 2; ++step) {
+      beside(step);
+    }
     warp_gemm_tf32<kPiecesK, kGroup>(acc, load_a, load_b, allow_tf32);
   } else {
-    warp_gemm<kDType, kPiecesK>(acc, load_a, load_b);
+    warp_gemm<kDType, kPiecesK>(acc, load_a, load_b, beside);
   }
 }
 

@@ -140,8 +140,7 @@ void bind_config(py::module_& module) {
       .value("fp16", DType::kFp16)
       .value("bf16", DType::kBf16)
       .value("fp32", DType::kFp32);
-  bind_row<ForwardConfig>(module, "ForwardConfig")
-      .def_readonly("late_copy", &ForwardConfig::late_copy);
+  bind_row<ForwardConfig>(module, "ForwardConfig");
   bind_row<BackwardConfig>(module, "BackwardConfig")
       .def_readonly("warps_m_s", &BackwardConfig::warps_m_s)
       .def_readonly("warps_n_dkv", &BackwardConfig::warps_n_dkv)

@@ -5,11 +5,14 @@
 // Each warp owns the query-row pieces warp_idx, warp_idx + num_warps, ... of 16 rows: softmax needs
 // no exchange between warps, and P goes from accumulator to operand registers without shared
 // memory. Copies run under the arithmetic: V[n] under Q K[n]^T, K[n - 1] under softmax and P V[n].
+// Warps wait for copies, and copies for the warps that read what they replace, by mbarriers: no
+// warp waits until all are at the same place.
 // Design note: docs/sm80.md.
 #pragma once
 
 #include "arith/block_range.h"
 #include "config/forward_config.h"
+#include "device/barrier.cuh"
 #include "device/bias.cuh"
 #include "device/copy.cuh"
 #include "device/dropout.cuh"
@@ -51,9 +54,10 @@ struct ForwardWarp {
 
   __device__ __forceinline__ ForwardWarp(uint32_t smem) : smem(smem) { clear(acc_o); }
 
-  /// S = Q K^T.
+  /// S = Q K^T; `beside` as in warp_product().
+  template <class Beside>
   __device__ __forceinline__ void scores(float (&acc_s)[Traits::kPiecesM][2 * Traits::kPiecesN][4],
-                                         bool allow_tf32) {
+                                         bool allow_tf32, Beside const& beside) {
     int const thread_idx = fresh_thread_idx();
     PieceReader<typename Traits::TileQ, Operand::kA> const read_q(smem, 16 * (thread_idx / 32), 0,
                                                                   thread_idx);
@@ -62,7 +66,8 @@ struct ForwardWarp {
     clear(acc_s);
     warp_product<kDType, Traits::kHeadDim>(
         acc_s, [&](int m, int k) { return load_piece(read_q, m * kRowStep, Traits::kPieceK * k); },
-        [&](int n, int k) { return load_piece(read_k, 16 * n, Traits::kPieceK * k); }, allow_tf32);
+        [&](int n, int k) { return load_piece(read_k, 16 * n, Traits::kPieceK * k); }, allow_tf32,
+        beside);
   }
 
   /// O += P V.
@@ -165,18 +170,22 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
                       params.mask};
   BlockRange const visible = n_block_range(grid, tile.block);
   BlockRange const full = full_n_block_range(grid, tile.block);
-  auto const copy_tile = [&](Strided const& tensor, int cols, uint32_t smem_tile, int n_block) {
+  __shared__ uint64_t barriers[4];
+  uint32_t const k_full = smem_address(barriers), k_read = k_full + 8;
+  uint32_t const v_full = k_full + 16, v_read = k_full + 24;
+  if (threadIdx.x == 0) {
+    mbarrier_init(k_full, Traits::kThreads);
+    mbarrier_init(v_full, Traits::kThreads);
+    mbarrier_init(k_read, kConfig.num_warps);
+    mbarrier_init(v_read, kConfig.num_warps);
+  }
+  __syncthreads();
+  auto const copy_tile = [&](Strided const& tensor, int cols, uint32_t smem_tile, uint32_t full,
+                             int n_block) {
     GlobalRows const rows(tensor, fresh(sequence.entry_k), fresh(head_k), fresh(sequence.first_k),
                           sequence.seqlen_k, cols, Traits::kElementBytes);
     CopyK::load(smem + smem_tile, rows, n_block * kConfig.tile_n, fresh_thread_idx());
-    cp_async_commit();
-  };
-  auto const swap_k_for_v = [&](int n_block) {
-    cp_async_wait<0>();
-    __syncthreads();  // V[n] is there; every warp is done with K[n]
-    if (n_block > visible.min) {
-      copy_tile(params.k, shape.head_dim, Traits::kSmemK, n_block - 1);
-    }
+    cp_async_arrive(full);
   };
 
   DropoutKey const dropout_key(kConfig.extras ? params.dropout : Dropout{});
@@ -185,20 +194,19 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
     GlobalRows const q(params.q, sequence.entry_q, tile.head, sequence.first_q, sequence.seqlen_q,
                        shape.head_dim, Traits::kElementBytes);
     CopyQ::load(smem, q, first_row, fresh_thread_idx());
-    copy_tile(params.k, shape.head_dim, Traits::kSmemK, visible.max - 1);
+    copy_tile(params.k, shape.head_dim, Traits::kSmemK, k_full, visible.max - 1);
   }
-  for (int n_block = visible.max - 1; n_block >= visible.min; --n_block) {
-    cp_async_wait<0>();
-    __syncthreads();  // K[n] is there; every warp is done with V[n + 1]
-    // The kernel without a register to spare spilled 12 bytes on sm_80 for V's address.
-    int const v_block = kConfig.late_copy ? fresh(n_block) : n_block;
-    copy_tile(params.v, shape.head_dim_v, Traits::kSmemV, v_block);
-
+  uint32_t parity = 0;  // of the phases that this key tile's copies and readers end
+  for (int n_block = visible.max - 1; n_block >= visible.min; --n_block, parity ^= 1) {
     float acc_s[Traits::kPiecesM][2 * Traits::kPiecesN][4];
-    warp.scores(acc_s, params.allow_tf32);
-    if constexpr (!kConfig.late_copy) {
-      swap_k_for_v(n_block);
-    }
+    mbarrier_wait(k_full, parity);
+    warp.scores(acc_s, params.allow_tf32, [&](int step) {
+      if (step == 2) {                      // not ahead of the first products
+        mbarrier_wait(v_read, parity ^ 1);  // returns at once in the first phase
+        copy_tile(params.v, shape.head_dim_v, Traits::kSmemV, v_full, n_block);
+      }
+    });
+    mbarrier_arrive_warp(k_read);
     PiecePlacement const place{first_row + 16 * (fresh_thread_idx() / 32), warp.kRowStep,
                                n_block * kConfig.tile_n, 16};
     float scale_log2 = params.softmax_scale * kLog2E;
@@ -209,9 +217,15 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       scale_log2 = score_unit(params.scores, params.softmax_scale) * kLog2E;
     }
     if (n_block < full.min || n_block >= full.max) {
-      apply_mask(acc_s, place, params.mask, sequence.seqlen_q, sequence.seqlen_k);
+      // Fresh: where the diagonal lies is not to be held in registers (spilled on sm_80).
+      apply_mask(acc_s, place, params.mask, fresh(sequence.seqlen_q), sequence.seqlen_k);
     }
     warp.softmax.rescale(acc_s, warp.acc_o, scale_log2, params.max_slack);
+    if (n_block > visible.min) {
+      mbarrier_wait(k_read, parity);
+      copy_tile(params.k, shape.head_dim, Traits::kSmemK, k_full, n_block - 1);
+    }
+    mbarrier_wait(v_full, parity);  // here, for exponentials and P V to mix
     Piece p[Traits::kPiecesM][Traits::kPiecesP];
     warp.softmax.template exponentials<kConfig.dtype>(acc_s, p, scale_log2);
     if (kConfig.extras && params.dropout.rng_state != nullptr) {
@@ -219,10 +233,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kConfig.blocks_per_s
       drop<kConfig.dtype>(p, KeptElements<Traits::kPiecesM, Traits::kPiecesN>(
                                  params.dropout, dropout_key, batch_head, place));
     }
-    if constexpr (kConfig.late_copy) {
-      swap_k_for_v(n_block);
-    }
     warp.accumulate(p, params.allow_tf32);
+    mbarrier_arrive_warp(v_read);
   }
 
   store_tile(warp, params, query_tile(params, source, fresh(blockIdx.x)));
