@@ -57,10 +57,10 @@ struct Sm90BackwardConfig {
     int const probabilities = kStages * cluster_blocks() * block_keys() * tile_m;  // dS
     int const landing = kConvertingWarps * landing_strips * group_bytes() / 4;
     int const statistics = (kStages + dout_stages) * tile_m * int(sizeof(float));
-    constexpr int kItems = 168, kTileAlignment = 1024;
+    constexpr int kItem = 56, kTileAlignment = 1024;
     int const barriers = 7 * kStages + 2 * dout_stages + 10 + 3 * kWarpgroups + kConvertingWarps;
     return round_up((keys + queries + probabilities) * element_size(dtype) +
-                        kWarpgroups * outbox_bytes() + landing + statistics + kItems +
+                        kWarpgroups * outbox_bytes() + landing + statistics + kItem +
                         int(sizeof(uint64_t)) * barriers,
                     kTileAlignment);
   }

@@ -97,12 +97,10 @@ struct BackwardCore {
 
   // ---- Mask ----
 
-  /// Of the item that is worked on. Read where it is needed: there are no registers to keep it.
+  /// Of the item that is worked on. Looked up where it is needed: there are no registers to keep
+  /// it.
   __device__ __forceinline__ Sequence sequence() const {
-    Sequence sequence = shared.item.sequence;
-    sequence.seqlen_q = uniform(sequence.seqlen_q);
-    sequence.seqlen_k = uniform(sequence.seqlen_k);
-    return sequence;
+    return sequence_of(params.problem, uniform(shared.item.batch));
   }
   /// Query tiles that need no element mask for the 64 keys from key_begin on, a multiple of 64.
   __device__ __forceinline__ BlockRange full_range(int key_begin) const {

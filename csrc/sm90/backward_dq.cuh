@@ -21,7 +21,7 @@ struct ItemSums {
   __device__ __forceinline__ ItemSums(BackwardKernelParams const& params, WorkItem const& item)
       : params(params), item(item) {
     BackwardDivision const& division = params.division;
-    Sequence const& sequence = item.sequence;
+    Sequence const sequence = sequence_of(params.problem, item.batch);
     int const key_head = sequence.entry_q * params.problem.shape.num_heads_k + item.head_k;
     grid = tile_grid(params.problem, sequence, Traits::kTileM, Traits::kTileN);
     first_tile = first_query_tile<Traits>(params.problem, sequence, item.batch);
@@ -106,7 +106,7 @@ struct BackwardSender {
                                              WorkItem const& item, int first_key,
                                              int first_col) const {
     uint64_t const once = evict_first();
-    Sequence const& sequence = item.sequence;
+    Sequence const sequence = sequence_of(params.problem, item.batch);
     RowOrigin const origin =
         params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
     int const row = origin.row + item.n_block * Traits::kTileN + first_key;
@@ -170,7 +170,7 @@ struct BackwardSender {
   }
 
   __device__ __forceinline__ void run() {
-    WorkItem& item = shared.sent_item;
+    WorkItem item;
     for (uint32_t phase = 0; next_item<Traits>(shared, phase, item); phase ^= 1) {
       mbarrier_arrive(smem_address(&shared.k_empty));  // the item has been read
       send_dq(item);

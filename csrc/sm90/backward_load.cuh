@@ -13,14 +13,14 @@ template <class Traits>
 __device__ __forceinline__ WorkItem work_item(BackwardKernelParams const& params, int item_idx) {
   Tile const tile = params.division.items.tile(item_idx);
   if (tile.block < 0) {
-    return {.n_block = -1};
+    return {-1, 0, 0, 0, 0};
   }
   int const num_heads_k = params.problem.shape.num_heads_k;
   int const batch = tile.batch_head / num_heads_k;
   Sequence const sequence = params.sequence(batch);
   BlockRange const range = m_block_range(
       tile_grid(params.problem, sequence, Traits::kTileM, Traits::kTileN), tile.block);
-  return {tile.block, tile.batch_head % num_heads_k, batch, range.min, range.max, sequence};
+  return {tile.block, tile.batch_head % num_heads_k, batch, range.min, range.max};
 }
 
 /// The first of this thread block's keys.
@@ -70,7 +70,7 @@ struct BackwardLoader {
   __device__ __forceinline__ void load_keys(CUtensorMap const& map, char* tile, uint64_t& full,
                                             WorkItem const& item) const {
     uint32_t const barrier = smem_address(&full);
-    Sequence const& sequence = item.sequence;
+    Sequence const sequence = params.sequence(fresh(item.batch));
     mbarrier_arrive_expect_tx(barrier, Tile::kBytes);
     load_rows<Tile>(map, tile, barrier, first_key<Traits>(item), item.head_k,
                     params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k),
@@ -81,7 +81,7 @@ struct BackwardLoader {
     using Tile = typename Traits::TilePeerK;
     uint32_t const barrier = smem_address(&shared.peer_k_full);
     uint32_t const rank = cluster_rank();
-    Sequence const& sequence = item.sequence;
+    Sequence const sequence = params.sequence(fresh(item.batch));
     RowOrigin const origin =
         params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
     int const row = origin.row + item.n_block * Traits::kTileN + Tile::kRows * (1 - rank);
@@ -113,37 +113,37 @@ struct BackwardLoader {
   __device__ __forceinline__ void load_queries(CUtensorMap const& map, char* tile,
                                                float const* statistics, float* target,
                                                uint64_t& full, uint64_t& empty, uint32_t phase,
-                                               int head, WorkItem const& item, int m_block) const {
+                                               int head, int batch, int m_block) const {
     BackwardParams const& problem = params.problem;
-    Sequence const sequence = item.sequence;
+    Sequence const sequence = params.sequence(fresh(batch));
     int const row = m_block * Traits::kTileM;
     uint32_t const barrier = smem_address(&full);
-    // Before the wait, behind which every clock counts.
-    RowOrigin const origin =
-        params.rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
-    int64_t const entry_head = int64_t(sequence.entry_q) * problem.shape.num_heads + head;
-    int const first_row = first_softmax_d_row(sequence, problem.sequences, item.batch);
-    statistics += entry_head * problem.softmax_d_rows + first_row + row;
     mbarrier_wait(smem_address(&empty), phase ^ 1);
     mbarrier_arrive_expect_tx(barrier, Tile::kBytes + Traits::kTileM * 4);
+    RowOrigin const origin =
+        params.rows.origin(sequence.entry_q, sequence.first_q, sequence.seqlen_q);
     if constexpr (Traits::kPaired) {
       load_shared_rows<Tile>(map, tile, barrier, row, head, origin);
     } else {
       load_rows<Tile>(map, tile, barrier, row, head, origin);
     }
-    bulk_load(smem_address(target), statistics, Traits::kTileM * 4, barrier);
+    int64_t const entry_head = int64_t(sequence.entry_q) * problem.shape.num_heads + head;
+    int const first_row = first_softmax_d_row(sequence, problem.sequences, batch);
+    bulk_load(smem_address(target),
+              statistics + entry_head * problem.softmax_d_rows + first_row + row,
+              Traits::kTileM * 4, barrier);
   }
-  __device__ __forceinline__ void load_q(int head, WorkItem const& item, int m_block) {
+  __device__ __forceinline__ void load_q(int head, int batch, int m_block) {
     load_queries<typename Traits::TileQ>(params.q, shared.q[q.stage], params.workspace.lse_log2,
                                          shared.lse_log2[q.stage], shared.q_full[q.stage],
-                                         shared.q_empty[q.stage], q.phase, head, item, m_block);
+                                         shared.q_empty[q.stage], q.phase, head, batch, m_block);
     q.advance();
   }
-  __device__ __forceinline__ void load_dout(int head, WorkItem const& item, int m_block) {
+  __device__ __forceinline__ void load_dout(int head, int batch, int m_block) {
     load_queries<typename Traits::TileDout>(
         params.dout, shared.dout[dout.stage], params.problem.softmax_d,
         shared.softmax_d[dout.stage], shared.dout_full[dout.stage], shared.dout_empty[dout.stage],
-        dout.phase, head, item, m_block);
+        dout.phase, head, batch, m_block);
     dout.advance();
   }
 
@@ -153,12 +153,13 @@ struct BackwardLoader {
                                                 int m_block) const {
     BackwardDivision const& division = params.division;
     BackwardParams const& problem = params.problem;
-    Sequence const& sequence = item.sequence;
+    int const batch = fresh(item.batch);
+    Sequence const sequence = params.sequence(batch);
     int const owner = sequence.entry_q * problem.shape.num_heads_k + item.head_k - division.slots;
     if (owner >= 0) {
       int64_t const query_tile = int64_t(owner) * division.query_tiles +
                                  head_in_group * division.m_blocks +
-                                 first_query_tile<Traits>(problem, sequence, item.batch) + m_block;
+                                 first_query_tile<Traits>(problem, sequence, batch) + m_block;
       while (load_acquire(params.workspace.converted + query_tile) < Traits::kGroups) {
         __nanosleep(64);
       }
@@ -175,11 +176,11 @@ struct BackwardLoader {
     for_each_query_tile(item, group_size, step, [&](int head_in_group, int m_block) {
       int const head = fresh(item.head_k) * group_size + head_in_group;
       wait_for_slot(item, fresh(head_in_group), m_block);
-      load_q(head, item, m_block);
+      load_q(head, item.batch, m_block);
       if (is_first) {
         load_v(item);
       }
-      load_dout(head, item, m_block);
+      load_dout(head, item.batch, m_block);
       if (is_first) {
         load_k(item);
       }
@@ -213,14 +214,14 @@ struct BackwardLoader {
 
   __device__ __forceinline__ void run() {
     while (true) {
-      shared.next_item = work_item<Traits>(params, draw());
-      if (shared.next_item.n_block < 0) {
+      WorkItem const item = work_item<Traits>(params, draw());
+      if (item.n_block < 0) {
         break;
       }
-      load(shared.next_item);
+      load(item);
     }
     mbarrier_wait(smem_address(&shared.k_empty), key_phase ^ 1);
-    shared.item = shared.next_item;
+    shared.item = {-1, 0, 0, 0, 0};
     mbarrier_arrive(smem_address(&shared.k_full));
   }
 };

@@ -256,7 +256,7 @@ struct BackwardPairWarpgroup : BackwardCore<Traits> {
     __syncwarp();
     if (lane_idx() == 0) {
       uint64_t const once = evict_first();
-      Sequence const& sequence = item.sequence;
+      Sequence const sequence = params.sequence(item.batch);
       RowOrigin const origin =
           params.rows.origin(sequence.entry_k, sequence.first_k, sequence.seqlen_k);
       int const row = origin.row + first_key<Traits>(item) + warp_idx * 16;

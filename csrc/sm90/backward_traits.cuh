@@ -16,7 +16,6 @@ struct alignas(16) WorkItem {
   int n_block;  // negative: nothing is left
   int head_k, batch;
   int m_min, m_max;
-  Sequence sequence;  // number `batch`: of packed ones it lies in device memory
 };
 
 template <Sm90BackwardConfig kConfig_>
@@ -95,9 +94,7 @@ struct BackwardTraits {
     alignas(128) char landing[kConvertingWarps][kLandingStrips * kStripBytes];
     alignas(16) float lse_log2[kStages][kTileM];
     alignas(16) float softmax_d[kDoutStages][kTileM];
-    WorkItem item;            // that is worked on
-    WorkItem next_item;       // the loader's, which is ahead
-    WorkItem sent_item;       // the sender's, which is behind
+    WorkItem item;
     float* dq_sums[kStages];  // of a pair's query tiles whose turn it is
     int drawn;  // number of the item that the cluster's first thread block has drawn for this one
     uint64_t q_full[kStages], q_empty[kStages];
