@@ -1,6 +1,3 @@
-#include <cfloat>
-#include <cmath>
-
 #include "config/compiled_rows.h"
 #include "device/tile_source.h"
 #include "sm90/launch.h"
@@ -97,26 +94,6 @@ LaunchedTiles forward_tiles(Sm90ForwardConfig const& config, ForwardParams const
           max_listed_tiles(config, params) * params.shape.num_heads};
 }
 
-/// From the minimax polynomial of tanh(x), x (1 - x^2 / 3 + ...), where |x| < 0.3.
-CapPolynomial cap_polynomial(ForwardParams const& params) {
-  CapPolynomial cap{};
-  if (params.scores.softcap == 0.f) {
-    return cap;
-  }
-  constexpr double kMinimax[CapPolynomial::kTerms] = {0.99999601, -0.3329748, 0.12522591};
-  constexpr double kLog2E = 1.44269504088896340736;
-  double const softcap = params.scores.softcap, scale = params.softmax_scale / softcap;
-  double unit = kLog2E * softcap * scale;
-  for (int i = 0; i < CapPolynomial::kTerms; ++i, unit *= scale * scale) {
-    cap.term[i] = float(kMinimax[i] * unit);
-  }
-  // Terms that fp32 can't hold are of no use.
-  bool const is_normal =
-      std::abs(cap.term[CapPolynomial::kTerms - 1]) >= FLT_MIN && std::isfinite(cap.term[0]);
-  cap.square_limit = is_normal ? float(std::pow(0.3 / scale, 2)) : 0.f;
-  return cap;
-}
-
 }  // namespace
 
 bool can_address(ForwardParams const& params, DType dtype) {
@@ -151,8 +128,7 @@ void forward(Sm90ForwardConfig const& config, ForwardParams const& params, Devic
                                           .out_rows = views.out.row_map(),
                                           .are_entries = params.sequences.are_entries(),
                                           .tiles = tiles.source,
-                                          .tile_counter = tile_counter(device.index, stream),
-                                          .cap = cap_polynomial(params)};
+                                          .tile_counter = tile_counter(device.index, stream)};
   int const num_blocks = int(tiles.num_blocks < device.num_sms ? tiles.num_blocks : device.num_sms);
   launch_in_unit(config, [&]<int kHeadDim>() {
     return ForwardUnit<kHeadDim>::launch(config, kernel_params, num_blocks, stream);

@@ -5,19 +5,20 @@
 #include "device/wgmma.cuh"
 #include "sm90/forward_core.cuh"
 #include "sm90/forward_extras.cuh"
-#include "sm90/sum_softmax.cuh"
+#include "sm90/row_softmax.cuh"
 
 namespace flash::sm90 {
 
 template <class Traits>
 struct ForwardWarpgroup : ForwardCore<Traits> {
   using Core = ForwardCore<Traits>;
-  using Core::first_row, Core::full_range, Core::is_full, Core::q, Core::k, Core::v;
+  using Core::first_row, Core::full_range, Core::is_full;
   using Core::has_next_tile, Core::pass_turn, Core::release, Core::release_k, Core::release_q;
   using Core::kConfig, Core::kWarpgroups, Core::lane_idx, Core::params, Core::shared,
       Core::warp_idx;
+  using Core::q, Core::k, Core::v, Core::warpgroup_idx;
   using Core::release_v, Core::take_tile, Core::take_turn, Core::wait_k, Core::wait_q;
-  using Core::wait_v, Core::waits_for_loads, Core::warpgroup_idx;
+  using Core::wait_v, Core::waits_for_loads;
   using typename Core::SharedStorage;
   static constexpr int kFragmentsS = Traits::kTileN / 8;
   static constexpr int kFragmentsO = kConfig.head_dim_v / 8;
@@ -53,8 +54,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
 
   // ---- Mask ----
 
-  __device__ __forceinline__ void mask(Scores& scores, WorkTile const& tile, int n_block,
-                                       float hidden = -kInfinity) const {
+  __device__ __forceinline__ void mask(Scores& scores, WorkTile const& tile, int n_block) const {
     int const lane_col = n_block * Traits::kTileN + lane_idx() % 4 * 2;
     int const row = first_row(tile) + lane_idx() / 4;
 #pragma unroll
@@ -63,7 +63,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
       if constexpr (kConfig.mask == MaskClass::kBounded) {
         keys = visible_keys(params.problem.mask, row + half * 8, tile.seqlen_q, tile.seqlen_k);
       }
-      mask_row(scores, half, keys.begin - lane_col, keys.end - lane_col, hidden);
+      mask_row(scores, half, keys.begin - lane_col, keys.end - lane_col);
     }
   }
 
@@ -142,44 +142,31 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
 
   // ---- Steps ----
 
-  // Both do without the maxima of most tiles (sum_softmax.cuh).
-  static constexpr bool kCaps = kConfig.extras == Extras::kSoftcap;
-  static constexpr bool kDrops = kConfig.extras == Extras::kDropout;
-
-  /// Products q k^T to probabilities of capped scores; true if O has to be scaled by `factor`.
-  __device__ __forceinline__ bool exponentiate_capped(Scores& scores, float (&factor)[2],
-                                                      WorkTile const& tile, int n_block,
-                                                      bool needs_mask) {
-    SumSoftmax<kFragmentsS> const sums{softmax, scale_log2, params.problem.max_slack};
-    float const unit_log2 = params.problem.softmax_scale * kLog2E;
-    CappedExponent exponent{{params.cap.term[0], params.cap.term[1], params.cap.term[2]}};
+  /// Probabilities of the lane's rows [kFirst, kLast); true if O has to be scaled by `factor`,
+  /// which is rare. A branch right behind the maxima: ptxas (13.0) hoists a wait to the top of its
+  /// basic block, so without it the wait for P V, with which step() ends, stood before them. No
+  /// wait in the branch: the warps of a warpgroup must execute the same ones.
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ bool exponentiate_rows(Scores& scores, float (&factor)[2]) {
+    float tile_max[2];
     bool has_grown = false;
-    if (needs_mask || !sums.fits(scores, unit_log2, params.cap.square_limit)) {
-      make_scores(scores, {});
-      if (needs_mask) {
-        mask(scores, tile, n_block, sums.kHidden);
+#pragma unroll
+    for (int half = kFirst; half < kLast; ++half) {
+      tile_max[half] = RowSoftmax::lane_max(scores, half);
+      has_grown |= softmax.has_grown(tile_max[half], half, scale_log2, params.problem.max_slack);
+    }
+    has_grown = __any_sync(0xffffffffu, has_grown);
+    if (has_grown) {
+#pragma unroll
+      for (int half = kFirst; half < kLast; ++half) {
+        factor[half] = softmax.raise(tile_max[half], half, scale_log2);
       }
-      has_grown = sums.raise(scores, factor);
-      exponent = {{scale_log2, 0.f, 0.f}};
     }
-    pin(scores);  // or the squares of fits() are held in registers, which spills
-    return sums.exponentiate(scores, exponent, factor) || has_grown;
-  }
-  /// The same of scores; finds the bits of dropout beside the exponentials.
-  __device__ __forceinline__ bool exponentiate(Scores& scores, float (&factor)[2],
-                                               StepExtras& extras, WorkTile const& tile,
-                                               int n_block) {
-    if constexpr (!kDrops) {
-      return softmax.template exponentiate_tile<kConfig.rows_in_turn>(scores, factor, scale_log2,
-                                                                      params.problem.max_slack);
+#pragma unroll
+    for (int half = kFirst; half < kLast; ++half) {
+      softmax.exponentiate(scores, half, scale_log2);
     }
-    SumSoftmax<kFragmentsS> const sums{softmax, scale_log2, params.problem.max_slack};
-    bool const has_grown = !sums.fits(scores, scale_log2) && sums.raise(scores, factor);
-    Dropout const& dropout = params.problem.dropout;
-    int const batch_head = tile.batch * params.problem.shape.num_heads + tile.head;
-    extras.kept.find(dropout, DropoutKey(dropout), batch_head, first_row(tile),
-                     n_block * Traits::kTileN);
-    return sums.exponentiate(scores, PlainExponent{scale_log2}, factor) || has_grown;
+    return has_grown;
   }
 
   /// One key tile: its scores, beside the product of the last one's probabilities with V, and its
@@ -201,9 +188,7 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
       pass_turn();
     }
     StepExtras extras;
-    if constexpr (!kDrops) {
-      prepare_extras(extras, tile, n_block);
-    }
+    prepare_extras(extras, tile, n_block);
     wgmma_wait<1>();
     pin(scores);
     if constexpr (kHasExtras) {
@@ -213,16 +198,17 @@ struct ForwardWarpgroup : ForwardCore<Traits> {
     if (n_block == tile.n_min) {
       release_q();
     }
+    make_scores(scores, extras);
+    if (kConfig.mask == MaskClass::kBounded && needs_mask) {
+      mask(scores, tile, n_block);
+    }
     float factor[2] = {1.f, 1.f};
     bool has_grown;
-    if constexpr (kCaps) {
-      has_grown = exponentiate_capped(scores, factor, tile, n_block, needs_mask);
+    if constexpr (kConfig.rows_in_turn) {
+      has_grown = exponentiate_rows<0, 1>(scores, factor);
+      has_grown |= exponentiate_rows<1, 2>(scores, factor);
     } else {
-      make_scores(scores, extras);
-      if (kConfig.mask == MaskClass::kBounded && needs_mask) {
-        mask(scores, tile, n_block);
-      }
-      has_grown = exponentiate(scores, factor, extras, tile, n_block);
+      has_grown = exponentiate_rows<0, 2>(scores, factor);
     }
     drop_some(scores, extras);
     pin(scores);

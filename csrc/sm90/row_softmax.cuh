@@ -13,18 +13,17 @@ __device__ __forceinline__ uint32_t columns_before(int end) {
   return __funnelshift_lc(0xffffffffu, 0u, elements);
 }
 
-/// Sets the scores of row `half` outside of [begin, end) to `hidden`; columns count from the lane's
+/// Sets the scores of row `half` outside of [begin, end) to -inf; columns count from the lane's
 /// first. The compiler turns the bits into predicates, seven an instruction.
 template <int kN>
-__device__ __forceinline__ void mask_row(float (&scores)[kN][4], int half, int begin, int end,
-                                         float hidden = -kInfinity) {
+__device__ __forceinline__ void mask_row(float (&scores)[kN][4], int half, int begin, int end) {
   uint32_t const visible = columns_before(end) & ~columns_before(begin);
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       if ((visible & 1u << (2 * n + e)) == 0) {
-        scores[n][2 * half + e] = hidden;
+        scores[n][2 * half + e] = -kInfinity;
       }
     }
   }
@@ -84,66 +83,18 @@ struct RowSoftmax {
   /// Turns scores into probabilities relative to the maximum and adds them to the sum.
   template <int kN>
   __device__ __forceinline__ void exponentiate(float (&scores)[kN][4], int half, float scale_log2) {
-    row_sum[half] += exponentiate(scores, half, scale_log2, [&](float score, float shift) {
-      return fmaf(score, scale_log2, -shift);
-    });
-  }
-  /// The same by `exponent(score, shift)`, an exponent of 2 less shift. Returns the sum of them.
-  template <int kN, class Exponent>
-  __device__ __forceinline__ float exponentiate(float (&scores)[kN][4], int half, float scale_log2,
-                                                Exponent const& exponent) const {
     float const shift = finite_or_zero(row_max[half]) * scale_log2;
     float even = 0.f, odd = 0.f;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
       float& left = scores[n][2 * half];
       float& right = scores[n][2 * half + 1];
-      left = exp2_approx(exponent(left, shift));
-      right = exp2_approx(exponent(right, shift));
+      left = exp2_approx(fmaf(left, scale_log2, -shift));
+      right = exp2_approx(fmaf(right, scale_log2, -shift));
       even += left;
       odd += right;
     }
-    return even + odd;
-  }
-
-  /// Probabilities of the lane's rows [kFirst, kLast); true if O has to be scaled by `factor`,
-  /// which is rare. A branch right behind the maxima: ptxas (13.0) hoists a wait to the top of its
-  /// basic block, so without it the wait for P V, which follows, stood before them. No wait in the
-  /// branch: the warps of a warpgroup must execute the same ones.
-  template <int kFirst, int kLast, int kN>
-  __device__ __forceinline__ bool exponentiate_rows(float (&scores)[kN][4], float (&factor)[2],
-                                                    float scale_log2, float max_slack) {
-    float tile_max[2];
-    bool is_raised = false;
-#pragma unroll
-    for (int half = kFirst; half < kLast; ++half) {
-      tile_max[half] = lane_max(scores, half);
-      is_raised |= has_grown(tile_max[half], half, scale_log2, max_slack);
-    }
-    is_raised = __any_sync(0xffffffffu, is_raised);
-    if (is_raised) {
-#pragma unroll
-      for (int half = kFirst; half < kLast; ++half) {
-        factor[half] = raise(tile_max[half], half, scale_log2);
-      }
-    }
-#pragma unroll
-    for (int half = kFirst; half < kLast; ++half) {
-      exponentiate(scores, half, scale_log2);
-    }
-    return is_raised;
-  }
-  /// Both rows, kInTurn: the second behind the first.
-  template <bool kInTurn, int kN>
-  __device__ __forceinline__ bool exponentiate_tile(float (&scores)[kN][4], float (&factor)[2],
-                                                    float scale_log2, float max_slack) {
-    if constexpr (kInTurn) {
-      bool is_raised = exponentiate_rows<0, 1>(scores, factor, scale_log2, max_slack);
-      is_raised |= exponentiate_rows<1, 2>(scores, factor, scale_log2, max_slack);
-      return is_raised;
-    } else {
-      return exponentiate_rows<0, 2>(scores, factor, scale_log2, max_slack);
-    }
+    row_sum[half] += even + odd;
   }
 };
 
