@@ -28,11 +28,12 @@ test: build host
 test-gpu: build
 	$(RUN) -m pytest -m gpu tests
 
-# NVIDIA's compute-sanitizer comes with the CUDA toolkit.
+# NVIDIA's compute-sanitizer comes with the CUDA toolkit. racecheck sees no order where one lane
+# arrives at a barrier for its warp, as everywhere but in the forward of sm90: docs/lessons.md.
 sanitize: build
-	for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) tests/run_sanitized.py > build/$$tool.txt \
-	    || { tail -40 build/$$tool.txt; exit 1; }; tail -1 build/$$tool.txt; done
+	for run in "memcheck" "synccheck" "racecheck 90"; do set -- $$run; \
+	  compute-sanitizer --tool $$1 --error-exitcode 1 $(RUN) tests/run_sanitized.py $$2 > build/$$1.txt \
+	    || { tail -40 build/$$1.txt; exit 1; }; tail -1 build/$$1.txt; done
 
 bench: build
 	$(RUN) -m benchmarks

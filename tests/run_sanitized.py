@@ -1,6 +1,6 @@
 """Small problems with ragged edges for every GPU kernel, to be run under compute-sanitizer.
 
-    compute-sanitizer --tool memcheck python tests/run_sanitized.py      # and racecheck, synccheck
+    compute-sanitizer --tool memcheck python tests/run_sanitized.py      # and synccheck
     compute-sanitizer --tool racecheck python tests/run_sanitized.py 90  # the forward of one family
 
 Prints one line for each problem; the results themselves are checked by the tests. `make sanitize`

@@ -70,8 +70,8 @@ struct Sm90BackwardConfig {
   friend constexpr bool operator==(Sm90BackwardConfig const&, Sm90BackwardConfig const&) = default;
 };
 
-/// The first row that serves a problem is taken. Measured: docs/lessons.md ("sm90 backward"). With
-/// a softcap 128 queries of head dim 64 need too many registers, and pairs have no code for extras.
+/// The first row that serves a problem is taken. Measured: docs/lessons_sm90.md. With a softcap 128
+/// queries of head dim 64 need too many registers, and pairs have no code for extras.
 template <DType kDType>
 inline constexpr Sm90BackwardConfig kSm90BackwardRows[] = {
     // clang-format off

@@ -48,9 +48,9 @@ struct Sm90ForwardConfig {
 };
 
 /// The first row that serves a problem is taken; rows of extras serve any mask. Each was the
-/// fastest of several in the runs of docs/lessons.md ("sm90 forward"): 192 query rows a tile where
-/// three warpgroups' accumulators fit the registers and the sequence is long enough to fill the
-/// tile; then as many keys as registers and shared memory leave.
+/// fastest of several in the runs of docs/lessons_sm90.md: 192 query rows a tile where three
+/// warpgroups' accumulators fit the registers and the sequence is long enough to fill the tile;
+/// then as many keys as registers and shared memory leave.
 template <DType kDType>
 inline constexpr Sm90ForwardConfig kSm90ForwardRows[] = {
     // clang-format off

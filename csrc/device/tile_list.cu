@@ -127,7 +127,10 @@ __device__ void write_list(PackedProblem const& problem, Tiling const& tiling, i
   __syncthreads();
   int const of_last_level = starts[kLevels - 1];
   prefix_sums(starts);
-  int const count = starts[kLevels - 1] + of_last_level;
+  // Sequences that overlap, which is the caller's mistake, may have more tiles than there is room.
+  int const rows = tiling.of_keys ? problem.shape.seqlen_k : problem.shape.seqlen_q;
+  int const room = int(max_tiles(rows, batch_size, tiling.tile_rows));
+  int const count = imin(starts[kLevels - 1] + of_last_level, room);
   int const num_last = imin(imin(tiling.num_by_work, kThreads), count);
   if (thread == 0) {
     *num_tiles = count;
@@ -153,7 +156,7 @@ __device__ void write_list(PackedProblem const& problem, Tiling const& tiling, i
     for (int lane = 0; lane < sequences_of_warp; ++lane) {  // all lanes a sequence
       int const num = __shfl_sync(kAllLanes, sequence.num_tiles, lane);
       int const first_tile = __shfl_sync(kAllLanes, first, lane);
-      for (int i = lane_idx; i < num; i += 32) {
+      for (int i = lane_idx; i < imin(num, count - first_tile); i += 32) {
         ListedTile const tile{tiling.descending ? num - 1 - i : i,
                               begin + thread - lane_idx + lane};
         int const in_last = first_tile + i - (count - num_last);
