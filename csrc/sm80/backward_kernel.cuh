@@ -6,8 +6,8 @@
 // atomics, equal bits in every run. P is recomputed from softmax_lse. Per query tile:
 //
 //   wait Q, dO | S = Q K^T, dP = dO V^T, P = exp(S - lse), dS = P (dP - softmax_d) | P, dS to
-//   shared memory | barrier | dV += P^T dO, dK += dS^T Q, dQ = dS K (added to the fp32 sums in the
-//   workspace)
+//   shared memory | wait P, dS of all warps | dV += P^T dO, dK += dS^T Q, dQ = dS K (added to the
+//   fp32 sums in the workspace)
 //
 // dq sums lie in the order of the accumulator fragments (DqSums), so that a warp adds whole lines.
 // Deterministic: thread blocks take their tiles from a ticket counter, and the key tiles add to a
