@@ -112,6 +112,7 @@ struct BackwardTraits {
   static_assert(kConfig.smem_bytes() <= 227 * 1024, "shared memory of one thread block");
   static_assert(kPaired || (kBlockKeys == 64 * kWarpgroups && kStages >= kWarpgroups &&
                             TileDs::kBytes >= 64 * kConfig.head_dim * 2));
+  static_assert(!kDqInTurn || kStages == kWarpgroups, "a buffer of dS is one warpgroup's");
 };
 
 __device__ __forceinline__ TileGrid tile_grid(BackwardParams const& problem,
