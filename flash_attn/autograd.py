@@ -51,10 +51,13 @@ def _split(
     tensors: tuple[Tensor, ...], options: Options
 ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
     """The inputs of an Attention, and its options as keyword arguments of both ops."""
-    softcap, dropout_p, allow_tf32, _, _, names = options
-    count = len(tensors) - len(names)
-    extras = dict(zip(names, tensors[count:], strict=True))
-    numbers = {"softcap": softcap, "dropout_p": dropout_p, "allow_tf32": allow_tf32}
+    count = len(tensors) - len(options.names)
+    extras = dict(zip(options.names, tensors[count:], strict=True))
+    numbers = {
+        "softcap": options.softcap,
+        "dropout_p": options.dropout_p,
+        "allow_tf32": options.allow_tf32,
+    }
     return tensors[:count], {**numbers, **extras}
 
 

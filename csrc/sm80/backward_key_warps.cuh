@@ -45,6 +45,7 @@ __device__ __forceinline__ void add_queries(KeySums<Traits>& sums, BackwardParam
   constexpr BackwardConfig kConfig = Traits::kConfig;
   constexpr DType kDType = Traits::kDType;
   constexpr int kM = Traits::kNDkv, kN = kQueryStep / 8, kRowStep = 16 * kConfig.num_warps;
+  static_assert(kConfig.tile_m == 2 * kQueryStep, "a visit is two steps");
   int const thread_idx = fresh_thread_idx();
   int const first_key = 16 * (thread_idx / 32);
   uint32_t const q = smem + Traits::kSmemQ + stage * TileQ::kBytes;
